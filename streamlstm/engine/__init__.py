@@ -1,0 +1,1 @@
+"""The program: ``step(batch) -> StepReport``, a pure function of its state and the log."""

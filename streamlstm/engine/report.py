@@ -1,0 +1,144 @@
+"""
+What a step says happened: columns of facts on which the shell acts.
+
+Axes: N records of the batch, M fresh records (those that were forecast), K horizons, X experts.
+"""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import IntEnum
+
+import numpy as np
+from numpy.typing import NDArray
+
+from streamlstm.records.batch import F64, I32, I64, RecordBatch, Rejected
+
+EXPERTS = ("lstm", "last_value", "seasonal_naive")
+"""The X axis of :attr:`Forecasts.settled_error_MXK`."""
+
+
+class Outcome(IntEnum):
+    """What a record ended as: exactly one of these."""
+
+    FORECAST = 0
+    WARMING = 1
+    LATE = 2
+    DUPLICATE = 3
+    SKIPPED = 4
+    DEAD = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Forecasts:
+    """
+    One row per fresh record, in the batch's order.
+
+    ``record_M`` is its index in the batch. ``clock_M`` is the series' own n, ``age_M`` its m.
+    ``interval_ns_M`` is the learnt spacing, 0 where there is none (then no forecast has a ``ds``); horizon j speaks
+    about ``time_ns + j * interval_ns``. ``yhat_MK`` is NaN only while a series has had no value at all.
+    ``update_M`` numbers the weights that were used. ``settled_error_MXK[i, x, j-1]`` is the truth of record i
+    minus what expert x had forecast for it j intervals earlier, NaN where nothing was; that forecast was issued by
+    the record at ``settled_offset_MK[i, j-1]`` of the same partition (-1: none).
+    """
+
+    record_M: I32
+    clock_M: I64
+    age_M: I64
+    interval_ns_M: I64
+    update_M: I64
+    warming_M: NDArray[np.bool_]
+    yhat_MK: F64
+    settled_error_MXK: F64
+    settled_offset_MK: I64
+
+    def __len__(self) -> int:
+        return len(self.record_M)
+
+
+@dataclass(frozen=True, slots=True)
+class Update:
+    """
+    One optimizer step, or one that was skipped because loss or gradient were not finite.
+
+    ``rule`` is the letter of the queue's rule that fired. ``windows`` were queued, ``used`` of them learnt from.
+    ``lag_ns`` is how far the newest truth learnt from lies behind the newest record of the step.
+    """
+
+    number: int
+    rule: str
+    windows: int
+    used: int
+    loss: float
+    gradient_norm: float
+    clipped: bool
+    skipped: bool
+    rolled_back: bool
+    lag_ns: int
+
+
+@dataclass(frozen=True, slots=True)
+class StepReport:
+    """
+    The facts of one step.
+
+    ``rejected`` holds decoding's rejections and the engine's own (``future``, ``late`` by policy), by cut order.
+    ``outcome_N`` covers the batch's records; each decoding rejection is one more record, ``DEAD``.
+    ``resets`` counts carries that started from zero, by reason (``gap``, ``non_finite``).
+    ``series_total`` and ``series_warming`` are states after the step.
+    """
+
+    step: int
+    batch: RecordBatch
+    outcome_N: NDArray[np.uint8]
+    rejected: tuple[Rejected, ...]
+    forecasts: Forecasts
+    updates: tuple[Update, ...]
+    resets: Mapping[str, int]
+    series_total: int
+    series_warming: int
+
+    def counts(self) -> dict[Outcome, int]:
+        """Records by outcome; they add up to all records of the cut."""
+        per = np.bincount(self.outcome_N, minlength=len(Outcome))
+        counts = {outcome: int(per[outcome]) for outcome in Outcome}
+        counts[Outcome.DEAD] += len(self.batch.rejected)
+        return counts
+
+    def digest(self) -> bytes:
+        """
+        SHA-256 of the outputs: outcomes, forecasts and rejections in a fixed layout, sorted by coordinates.
+
+        Not of encoded bytes: a new field in the JSON must not break every progress chain.
+        """
+        batch, out = self.batch, self.forecasts
+        order_N = _by_coordinates(batch, np.arange(len(batch), dtype=np.int32))
+        order_M = _by_coordinates(batch, out.record_M)
+        sha = hashlib.sha256()
+        for name, column in (
+            ("outcome", self.outcome_N[order_N]),
+            ("offset", batch.offset[order_N]),
+            ("row", batch.row[order_N]),
+            ("record_offset", batch.offset[out.record_M][order_M]),
+            ("record_row", batch.row[out.record_M][order_M]),
+            ("clock", out.clock_M[order_M]),
+            ("interval", out.interval_ns_M[order_M]),
+            ("update", out.update_M[order_M]),
+            ("warming", out.warming_M[order_M]),
+            ("yhat", out.yhat_MK[order_M]),
+        ):
+            sha.update(f"{name}:{column.dtype.str}:{column.shape};".encode())
+            sha.update(np.ascontiguousarray(column).tobytes())
+        for r in sorted(self.rejected):
+            sha.update(f"{r.topic}\0{r.partition}\0{r.offset}\0{r.row}\0{r.reason}\n".encode())
+        return sha.digest()
+
+
+def _by_coordinates(batch: RecordBatch, record: I32) -> NDArray[np.intp]:
+    """The order of these records by (topic, partition, offset, row)."""
+    places = sorted({(r.topic, r.partition) for r in batch.cut})
+    rank = {place: i for i, place in enumerate(places)}
+    range_rank = np.array([rank[r.topic, r.partition] for r in batch.cut] or [0], np.int64)
+    if not len(record):
+        return np.empty(0, np.intp)
+    return np.lexsort((batch.row[record], batch.offset[record], range_rank[batch.range_index[record]]))

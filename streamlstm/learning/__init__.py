@@ -1,0 +1,1 @@
+"""How weights change: cells, the model, one update."""

@@ -1,0 +1,112 @@
+"""
+Columns, not objects: what crosses the borders between transport, decoding and the engine.
+
+Axes: N records of a batch, M messages.
+"""
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+I32 = NDArray[np.int32]
+I64 = NDArray[np.int64]
+F64 = NDArray[np.float64]
+
+Reason = Literal["decode", "schema", "mapping", "non_finite", "late", "future", "oversize", "codec"]
+REASONS: tuple[Reason, ...] = (
+    "decode",
+    "schema",
+    "mapping",
+    "non_finite",
+    "late",
+    "future",
+    "oversize",
+    "codec",
+)
+
+
+class SeriesId(NamedTuple):
+    """What names a series. The same key on another partition is another series."""
+
+    topic: str
+    partition: int
+    key: str
+
+
+class Range(NamedTuple):
+    """Offsets ``start`` … ``end - 1`` of one partition; some of them may hold no record."""
+
+    topic: str
+    partition: int
+    start: int
+    end: int
+
+
+Cut = tuple[Range, ...]
+"""Offset ranges in the order they were consumed."""
+
+Headers = list[tuple[str, bytes]]
+
+
+@dataclass(frozen=True, slots=True)
+class Messages:
+    """
+    The M messages of one cut, as they were read: ranges in listed order, offsets ascending in a range.
+
+    ``broker_ns`` is the broker's timestamp in ns since the epoch, -1 where there is none.
+    ``headers`` is ``None`` when no message has any.
+    """
+
+    cut: Cut
+    range_index: I32
+    offset: I64
+    broker_ns: I64
+    key: list[bytes | None]
+    value: list[bytes | None]
+    headers: list[Headers] | None = None
+
+    def __len__(self) -> int:
+        return len(self.value)
+
+
+class Rejected(NamedTuple):
+    """
+    One record that will not be forecast, and why. A value, not an exception.
+
+    A message that cannot be decoded at all is one rejected record, row 0. ``path`` is the field at
+    fault (``$.value``) or empty; ``message`` never holds payload.
+    """
+
+    topic: str
+    partition: int
+    offset: int
+    row: int
+    reason: Reason
+    path: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class RecordBatch:
+    """
+    The N decoded records of one cut, in the cut's order; several of one message are its rows.
+
+    ``series`` lists each distinct series once, in order of first appearance, and ``code`` says which one a
+    record belongs to. ``target`` is NaN where the value is missing, and finite (also as a float32) otherwise.
+    """
+
+    cut: Cut
+    series: tuple[SeriesId, ...]
+    code: I32
+    range_index: I32
+    offset: I64
+    row: I32
+    time_ns: I64
+    broker_ns: I64
+    target: F64
+    rejected: tuple[Rejected, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.code)

@@ -1,0 +1,1 @@
+"""Snapshots, checkpoints, the progress chain, and coming back."""

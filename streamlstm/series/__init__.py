@@ -1,0 +1,1 @@
+"""What is kept per series, and the rules of its clock."""

@@ -1,0 +1,1 @@
+"""The daemon: the loop, the checked commit, metrics, HTTP."""

@@ -1,0 +1,99 @@
+"""What the service asks of a transport: four verbs of a source, three of a publisher, two of a progress log."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+from streamlstm.records.batch import Cut, Headers, Messages
+
+
+class Position(NamedTuple):
+    """Where reading goes on."""
+
+    topic: str
+    partition: int
+    next_offset: int
+
+
+class OutMessage(NamedTuple):
+    """One message to publish. ``timestamp_ms`` is ``None`` for the broker's own time."""
+
+    key: bytes | None
+    value: bytes | None
+    headers: Headers
+    timestamp_ms: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Outputs:
+    """What one transaction makes visible together, or not at all."""
+
+    forecasts: Sequence[OutMessage]
+    dead_letters: Sequence[OutMessage]
+    progress: bytes
+
+
+class Source(Protocol):
+    """Messages by position. It takes turns between partitions, with a bounded quantum."""
+
+    def seek(self, positions: Sequence[Position]) -> None:
+        """Go on from these positions; buffered messages are forgotten."""
+        ...
+
+    def poll(self, max_records: int, timeout_s: float) -> Messages | None:
+        """The next cut, or ``None`` when nothing came within ``timeout_s`` (0 = do not wait)."""
+        ...
+
+    def read(self, cut: Cut, timeout_s: float) -> Messages:
+        """
+        Exactly the messages of a recorded cut.
+
+        Raises :class:`~streamlstm.errors.LogGap` when some of it is no longer retained.
+        """
+        ...
+
+    def close(self) -> None:
+        """Give everything back. Never raises."""
+        ...
+
+
+class Publisher(Protocol):
+    """The checked commit."""
+
+    def begin_session(self) -> None:
+        """Take ownership: fence whoever published under this name before."""
+        ...
+
+    def commit(self, outputs: Outputs) -> int:
+        """
+        Make ``outputs`` visible, all or nothing, and return the progress record's offset. It has happened when this
+        returns; when it raises, nobody knows, and only the progress log can tell.
+        """
+        ...
+
+    def close(self) -> None:
+        """Give everything back. Never raises."""
+        ...
+
+
+class ProgressEntry(NamedTuple):
+    """One record of the progress log."""
+
+    offset: int
+    value: bytes
+
+
+class ProgressLog(Protocol):
+    """The chain of committed steps, oldest first."""
+
+    def read(self, start: int = 0) -> list[ProgressEntry]:
+        """All committed entries at offset ``start`` and later that are still retained."""
+        ...
+
+    def trim(self, before: int) -> None:
+        """Forget entries below this offset."""
+        ...
+
+
+TopicIds = Mapping[str, str]
+"""Topic name → the id Kafka gave it when it was made."""
