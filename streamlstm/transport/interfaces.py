@@ -1,10 +1,20 @@
-"""What the service asks of a transport: four verbs of a source, three of a publisher, two of a progress log."""
+"""What the service asks of a transport: a source, live or not, a publisher, a progress log."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
+from streamlstm.errors import Temporary
 from streamlstm.records.batch import Cut, Headers, Messages
+
+
+class Fenced(Temporary):
+    """
+    The broker refuses our producer: somebody newer has the name, or our transaction took too long.
+
+    Kafka says the same for both (error 90), so only the progress log can tell: an incarnation newer than ours means
+    :class:`~streamlstm.errors.Superseded`, otherwise a restart mends it.
+    """
 
 
 class Position(NamedTuple):
@@ -41,7 +51,12 @@ class Source(Protocol):
         ...
 
     def poll(self, max_records: int, timeout_s: float) -> Messages | None:
-        """The next cut, or ``None`` when nothing came within ``timeout_s`` (0 = do not wait)."""
+        """
+        The next cut, or ``None`` when nothing came within ``timeout_s`` (0 = do not wait).
+
+        A cut may hold no message at all: offsets that hold no record (transaction markers, compaction) are
+        consumed like any others, so that no position falls behind what is retained.
+        """
         ...
 
     def read(self, cut: Cut, timeout_s: float) -> Messages:
@@ -57,6 +72,26 @@ class Source(Protocol):
         ...
 
 
+class LiveSource(Source, Protocol):
+    """A source that grows while it is read."""
+
+    def topic_ids(self) -> "TopicIds":
+        """The ids of the input topics as they are now."""
+        ...
+
+    def resolve_start(self, start: str) -> list[Position]:
+        """Every partition's position for ``earliest``, ``latest`` or ``timestamp:ISO``, in the configured order."""
+        ...
+
+    def lag(self) -> Mapping[tuple[str, int], int]:
+        """Offsets from the last cut to the end of the log, by (topic, partition), as far as known. Does not block."""
+        ...
+
+    def commit_group_offsets(self, positions: Sequence[Position]) -> None:
+        """Tell lag tools where we are. Nothing reads it back. Never blocks, never raises."""
+        ...
+
+
 class Publisher(Protocol):
     """The checked commit."""
 
@@ -67,7 +102,9 @@ class Publisher(Protocol):
     def commit(self, outputs: Outputs) -> int:
         """
         Make ``outputs`` visible, all or nothing, and return the progress record's offset. It has happened when this
-        returns; when it raises, nobody knows, and only the progress log can tell.
+        returns; when it raises, nobody knows, and only the progress log can tell. Raises :class:`Fenced`,
+        :class:`~streamlstm.errors.NotAuthorised`, :class:`~streamlstm.errors.DataError` (a message is larger than
+        the topic allows) or :class:`~streamlstm.errors.Temporary`; after any of them this publisher is of no more use.
         """
         ...
 
