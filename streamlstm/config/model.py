@@ -7,48 +7,242 @@ A key's class says what may become of a change to it:
 - *learning*: rates, k1, k2. Taken over from a clean stop only, and recorded in progress.
 - *free*: polls, commits, checkpoints, HTTP, logging. Not part of the hash.
 
-Frozen: a configuration is a value.
+Frozen: a configuration is a value. Strict: text is no number, and a number no text. What one key must be stands at
+the key; what keys must agree on stands in :func:`_conflicts`, so that all of it can be told at once.
 """
 
 import re
-from typing import Annotated, Any, Literal
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, model_validator
 
 KeyClass = Literal["identity", "learning", "free"]
 
-_SECONDS = {"ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+_MILLISECONDS = {"ms": 1, "s": 1000, "m": 60_000, "h": 3_600_000, "d": 86_400_000}
 _BYTES = {"B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "kB": 1000, "MB": 10**6, "GB": 10**9}
 
 
+@dataclass(frozen=True, slots=True)
+class Means:
+    """What a type is, in words, for messages and the reference; one of a list, and several of them."""
+
+    one: str
+    many: str = ""
+
+
 def _parse_duration(value: object) -> object:
-    """Seconds from ``200ms 10s 5m 1h 7d``; anything else is refused, plain numbers too."""
-    if isinstance(value, str) and (m := re.fullmatch(r"(\d+(?:\.\d+)?)\s*(ms|s|m|h|d)", value.strip())):
-        return float(m[1]) * _SECONDS[m[2]]
-    raise ValueError("a duration is a number with a unit: 200ms, 10s, 5m, 1h or 7d")
+    """Seconds. Plain numbers are refused: nobody remembers the unit."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(ms|s|m|h|d)", value.strip()) if isinstance(value, str) else None
+    if match and (seconds := float(match[1]) * _MILLISECONDS[match[2]] / 1000) > 0:
+        return seconds
+    raise ValueError("write a duration above zero, a number with its unit: 200ms, 10s, 5m, 1h or 7d")
+
+
+def format_duration(seconds: float) -> str:
+    """
+    The shortest text that is read back as the same duration.
+
+    >>> format_duration(0.2), format_duration(90.0), format_duration(3600.0), format_duration(0.0005)
+    ('200ms', '90s', '1h', '0.5ms')
+    """
+    milliseconds = round(seconds * 1000, 6)
+    for unit in ("d", "h", "m", "s"):
+        if milliseconds % _MILLISECONDS[unit] == 0:
+            return f"{milliseconds // _MILLISECONDS[unit]:.0f}{unit}"
+    return f"{milliseconds:.6f}".rstrip("0").rstrip(".") + "ms"
 
 
 def _parse_size(value: object) -> object:
-    if isinstance(value, int) and not isinstance(value, bool):
+    """Bytes."""
+    if isinstance(value, int) and not isinstance(value, bool) and value > 0:
         return value
-    if isinstance(value, str) and (m := re.fullmatch(r"(\d+)\s*(B|[KMG]iB|[kMG]B)", value.strip())):
-        return int(m[1]) * _BYTES[m[2]]
-    raise ValueError("a size is a number of bytes or has a unit: 64KiB, 1MiB")
+    if (
+        isinstance(value, str)
+        and (match := re.fullmatch(r"(\d+)\s*(B|[KMG]iB|[kMG]B)", value.strip()))
+        and int(match[1]) > 0
+    ):
+        return int(match[1]) * _BYTES[match[2]]
+    raise ValueError("write a number of bytes above zero, with a unit if you like: 64KiB, 1MiB")
+
+
+def format_size(size: int) -> int | str:
+    """
+    The largest binary unit that divides it.
+
+    >>> format_size(1 << 20), format_size(1000)
+    ('1MiB', 1000)
+    """
+    for unit in ("GiB", "MiB", "KiB"):
+        if size % _BYTES[unit] == 0:
+            return f"{size // _BYTES[unit]}{unit}"
+    return size
 
 
 def _parse_interval(value: object) -> object:
-    return value if value is None or value == "auto" else _parse_duration(value)
+    if value is None or value == "auto":
+        return value
+    try:
+        return _parse_duration(value)
+    except ValueError:
+        raise ValueError("write auto, null, or a duration with its unit: 10s, 5m, 1h") from None
+
+
+def _format_interval(value: float | str | None) -> str | None:
+    return value if value is None or isinstance(value, str) else format_duration(value)
 
 
 def _known_start(value: str) -> str:
-    if value in ("earliest", "latest") or value.startswith("timestamp:"):
+    if value in ("earliest", "latest"):
         return value
-    raise ValueError("earliest, latest or timestamp:2026-01-01T00:00:00Z")
+    try:
+        moment = datetime.fromisoformat(value.removeprefix("timestamp:"))
+    except ValueError:
+        moment = None
+    if value.startswith("timestamp:") and moment and moment.tzinfo:
+        return value
+    raise ValueError("write earliest, latest or timestamp:2026-01-01T00:00:00Z (ISO 8601 with its zone)")
 
 
-Duration = Annotated[float, BeforeValidator(_parse_duration), Field(gt=0)]
-Size = Annotated[int, BeforeValidator(_parse_size), Field(gt=0)]
-Interval = Annotated[float | Literal["auto"] | None, BeforeValidator(_parse_interval)]
+def _topic_name(value: str) -> str:
+    if re.fullmatch(r"[A-Za-z0-9._-]{1,249}", value) and value not in (".", ".."):
+        return value
+    raise ValueError("write a topic name: 1 to 249 letters, digits, dots, dashes and underscores")
+
+
+def split_address(value: str) -> tuple[str, int]:
+    """
+    Host and port.
+
+    >>> split_address("[::1]:9108")
+    ('::1', 9108)
+    """
+    match = re.fullmatch(r"(\[[0-9A-Fa-f:.%]+\]|[^\s:/@\[\]]+):(\d{1,5})", value)
+    if not match or int(match[2]) > 65535:
+        raise ValueError("write host:port with a port up to 65535, as localhost:9092 or [::1]:9092")
+    return match[1].strip("[]"), int(match[2])
+
+
+def _server(value: str) -> str:
+    if split_address(value)[1] == 0:
+        raise ValueError("write host:port, and not port 0")
+    return value
+
+
+def _listen(value: str) -> str:
+    split_address(value)
+    return value
+
+
+def _path(value: str) -> str:
+    if value.startswith(("$.", "@.", "$[", "@[")) and len(value) > 2:
+        return value
+    raise ValueError(f"write a path from the message's root: $.{value.lstrip('$@.[') or 'name'}")
+
+
+def _series_part(value: str) -> str:
+    if value in ("@key", "@field", "@topic", "@partition") or (value.startswith("@header.") and len(value) > 8):
+        return value
+    if value.startswith("@") and not value.startswith(("@.", "@[")):
+        raise ValueError("write a path ($.host), @key, @field, @topic, @partition or @header.NAME")
+    return _path(value)
+
+
+def _time_unit(value: str) -> str:
+    if value in ("auto", "s", "ms", "us", "ns", "iso8601"):
+        return value
+    sample = datetime(2026, 11, 20, 8, 0, tzinfo=UTC)
+    try:
+        readable = "%" in value and datetime.strptime(sample.strftime(value), value).year == sample.year  # noqa: DTZ007, because only the year counts
+    except ValueError:
+        readable = False
+    if not readable:
+        raise ValueError("write auto, s, ms, us, ns, iso8601, or a strptime pattern with a year: %Y-%m-%d %H:%M")
+    return value
+
+
+def _directory(value: str) -> str:
+    if not value.strip() or "://" in value:
+        raise ValueError("write the path of a local directory: ./state")
+    return value
+
+
+_CLIENT = "the transport decides this itself, because correctness hangs on it: take it out"
+_SECURITY = "this belongs under source.security"
+_NOT_PROPERTIES = {
+    **dict.fromkeys(
+        (
+            "acks", "allow_auto_create_topics", "auto_commit_interval_ms", "auto_offset_reset", "check_crcs",
+            "consumer_timeout_ms", "enable_auto_commit", "enable_idempotence", "group_id", "group_instance_id",
+            "isolation_level", "kafka_client", "key_deserializer", "key_serializer",
+            "max_in_flight_requests_per_connection", "partition_assignment_strategy", "partitioner", "retries",
+            "transactional_id", "value_deserializer", "value_serializer",
+        ),
+        _CLIENT,
+    ),
+    **dict.fromkeys(
+        ("sasl_mechanism", "sasl_plain_username", "security_protocol", "ssl_cafile", "ssl_certfile", "ssl_keyfile"),
+        _SECURITY,
+    ),
+    **dict.fromkeys(("ssl_check_hostname", "ssl_context"), "the broker's name is always checked: take it out"),
+    "bootstrap_servers": "write source.bootstrap_servers instead",
+    "max_poll_records": "write source.poll.max_records instead",
+}  # fmt: skip
+
+
+def _property_name(name: str) -> str:
+    """A client setting that may be set; whether the client knows it, the transport finds out."""
+    if re.search("password|secret|token", name, re.IGNORECASE):
+        raise ValueError("secrets come from files only: source.security.password_file")
+    plain = name.replace(".", "_").replace("-", "_").lower()
+    if plain in _NOT_PROPERTIES:
+        raise ValueError(_NOT_PROPERTIES[plain])
+    if plain != name:
+        raise ValueError(f"kafka-python writes it {plain}")
+    return name
+
+
+Duration = Annotated[
+    float,
+    BeforeValidator(_parse_duration),
+    PlainSerializer(format_duration, when_used="json"),
+    Means("a duration such as 200ms, 10s, 5m, 1h or 7d"),
+]
+Size = Annotated[
+    int,
+    BeforeValidator(_parse_size),
+    PlainSerializer(format_size, when_used="json"),
+    Means("a number of bytes, or a size such as 64KiB or 1MiB"),
+]
+Interval = Annotated[
+    float | Literal["auto"] | None,
+    BeforeValidator(_parse_interval),
+    PlainSerializer(_format_interval, when_used="json"),
+    Means("auto, a duration such as 10s or 1h, or null"),
+]
+Start = Annotated[str, AfterValidator(_known_start), Means("earliest, latest or timestamp:2026-01-01T00:00:00Z")]
+Topic = Annotated[str, AfterValidator(_topic_name), Means("a topic name", "topic names")]
+Server = Annotated[str, AfterValidator(_server), Means("host:port", "host:port")]
+Listen = Annotated[str, AfterValidator(_listen), Means("host:port")]
+Path = Annotated[str, AfterValidator(_path), Means("a path such as $.value", "paths such as $.value")]
+SeriesPart = Annotated[
+    str, AfterValidator(_series_part), Means("a path or an @name", "paths such as $.host or names such as @key")
+]
+TimeUnit = Annotated[
+    str, AfterValidator(_time_unit), Means("auto, s, ms, us, ns, iso8601, or a strptime pattern such as %Y-%m-%d %H:%M")
+]
+Directory = Annotated[str, AfterValidator(_directory), Means("the path of a local directory")]
+PropertyName = Annotated[str, AfterValidator(_property_name), Means("a setting of the Kafka client", "client settings")]
+Device = Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$"), Means("auto, cpu, cuda or cuda:N")]
+Name = Annotated[
+    str,
+    Field(pattern=r"^[A-Za-z0-9._-]{1,100}$"),
+    Means("a name of 1 to 100 letters, digits, dots, dashes and underscores"),
+]
+Character = Annotated[str, Field(min_length=1, max_length=1), Means("a single character")]
 
 
 def key(default: Any, klass: KeyClass, **constraints: Any) -> Any:  # noqa: ANN401, because it stands for any field
@@ -56,16 +250,16 @@ def key(default: Any, klass: KeyClass, **constraints: Any) -> Any:  # noqa: ANN4
     return Field(default, json_schema_extra={"class": klass}, **constraints)
 
 
-def required(klass: KeyClass, **constraints: Any) -> Any:  # noqa: ANN401, because it stands for any field
-    """A field without a default."""
-    return Field(json_schema_extra={"class": klass}, **constraints)
+def required(example: Any, klass: KeyClass) -> Any:  # noqa: ANN401, because it stands for any field
+    """A field without a default; the example is what messages and the reference propose."""
+    return Field(json_schema_extra={"class": klass}, examples=[example])
 
 
 class Section(BaseModel):
     """Unknown keys are refused; the docstring under a field is its entry in the reference."""
 
     model_config = ConfigDict(
-        extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True, strict=False
+        extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True, strict=True
     )
 
 
@@ -96,47 +290,31 @@ class Security(Section):
     key_file: str | None = key(None, "free")
     """PEM file of the client's key, for mutual TLS."""
 
-    @model_validator(mode="after")
-    def _complete(self) -> "Security":
-        if self.protocol.startswith("SASL") and not (self.sasl_mechanism and self.username and self.password_file):
-            raise ValueError(f"{self.protocol} needs sasl_mechanism, username and password_file")
-        if bool(self.cert_file) != bool(self.key_file):
-            raise ValueError("cert_file and key_file belong together")
-        return self
-
 
 class Source(Section):
     """Where records come from."""
 
     type: Literal["kafka", "files"] = key("kafka", "identity")
     """`kafka` for the service; `files` marks a configuration made for `replay`."""
-    bootstrap_servers: list[str] = key(["localhost:9092"], "free", min_length=1)
+    bootstrap_servers: list[Server] = key(["localhost:9092"], "free", min_length=1)
     """Brokers to ask first, `host:port`."""
-    topics: list[str] = key([], "identity")
-    """Input topics, in the order their partitions take turns."""
-    start: Annotated[str, AfterValidator(_known_start)] = key("earliest", "identity")
+    topics: list[Topic] = key([], "identity", examples=[["metrics.raw"]])
+    """Input topics, in the order their partitions take turns. Needed with `type: kafka`."""
+    start: Start = key("earliest", "free")
     """Where a first run begins: `earliest`, `latest` or `timestamp:2026-01-01T00:00:00Z`. Later runs go on
     where the last one stopped."""
     poll: Poll = key(Poll(), "free")
     security: Security = key(Security(), "free")
-    properties: dict[str, str | int | float | bool] = key({}, "free")
+    properties: dict[PropertyName, str | int | float | bool] = key({}, "free")
     """Further settings of the Kafka client, names checked. What correctness hangs on cannot be set."""
-
-    @model_validator(mode="after")
-    def _has_topics(self) -> "Source":
-        if self.type == "kafka" and not self.topics:
-            raise ValueError("topics: name at least one input topic")
-        if len(set(self.topics)) != len(self.topics):
-            raise ValueError("topics: a topic is named twice")
-        return self
 
 
 class Timestamp(Section):
     """Where the event time stands."""
 
-    path: str | list[str] = key("$.timestamp", "identity")
+    path: Path | list[Path] = required("$.timestamp", "identity")
     """Field path; several are joined by a space."""
-    unit: str = key("auto", "identity")
+    unit: TimeUnit = key("auto", "identity")
     """`auto`, `s`, `ms`, `us`, `ns`, `iso8601` or a strptime pattern. `auto` takes numbers by magnitude
     (<1e11 s, <1e14 ms, <1e17 µs, else ns) and text as ISO 8601; a time without a zone is UTC."""
     fallback: Literal["broker", "none"] = key("broker", "identity")
@@ -146,9 +324,9 @@ class Timestamp(Section):
 class Csv(Section):
     """How CSV files are written."""
 
-    delimiter: str = key(",", "identity", min_length=1, max_length=1)
+    delimiter: Character = key(",", "identity")
     """Between fields."""
-    decimal: str = key(".", "identity", min_length=1, max_length=1)
+    decimal: Character = key(".", "identity")
     """Between the whole and the fraction of a number."""
 
 
@@ -157,17 +335,17 @@ class Decode(Section):
 
     format: Literal["json", "csv"] = key("json", "identity")
     """`json` (a message, or a line of an NDJSON file) or `csv` (files only)."""
-    explode: str | None = key(None, "identity")
+    explode: Path | None = key(None, "identity")
     """Path of an array of observations inside one message; the other paths may then start at `$` (the
     message) or `@.` (the observation)."""
-    series_id: list[str] = required("identity", min_length=1)
+    series_id: Annotated[list[SeriesPart], Field(min_length=1)] = required(["$.host", "$.name"], "identity")
     """Paths joined with `|`; also `@key @field @topic @partition @header.NAME`."""
-    timestamp: Timestamp = key(Timestamp(), "identity")
+    timestamp: Timestamp = required({"path": "$.timestamp"}, "identity")
     csv: Csv = key(Csv(), "identity")
-    target: str | dict[str, str] = required("identity")
+    target: Path | dict[str, Path] = required("$.value", "identity")
     """What is forecast: a path, a map `{name: path}`, or `$.*` (every number but the time): several are
     several series, told apart by `@field`, which is appended to `series_id` when it is not there."""
-    on_error: Literal["dead_letter", "skip", "fail"] = key("dead_letter", "free")
+    on_error: Literal["dead_letter", "skip", "fail"] = key("dead_letter", "identity")
     """What becomes of a record that cannot be understood. `skip` counts it, `fail` exits 65."""
     max_bytes: Size = key("1MiB", "identity")
     """Longest message that is decoded; a longer one is a dead letter."""
@@ -198,18 +376,12 @@ class Model(Section):
     """How many intervals ahead: a direct head for 1 … this many."""
     loss: Literal["huber", "mse", "mae"] = key("huber", "identity")
     """What an update minimises, in units of the series' scale."""
-    season: int | Literal["none"] = key("none", "identity")
+    season: Annotated[int, Field(ge=2, le=20_000)] | Literal["none"] = key("none", "identity")
     """Intervals per season: inputs one season back, and the seasonal naive baseline."""
     calendar: list[Literal["hour", "weekday"]] = key(["hour", "weekday"], "identity")
     """Phases of the event time (UTC) the network sees."""
     seed: int = key(17, "identity", ge=0)
     """Of the initial weights."""
-
-    @model_validator(mode="after")
-    def _season_is_long_enough(self) -> "Model":
-        if isinstance(self.season, int) and not 2 <= self.season <= 20_000:
-            raise ValueError("season: none, or 2 to 20000 intervals")
-        return self
 
 
 class Optimizer(Section):
@@ -217,14 +389,8 @@ class Optimizer(Section):
 
     name: Literal["adam"] = key("adam", "learning")
     """The optimizer."""
-    lr: float | Literal["auto"] = key("auto", "learning")
+    lr: Annotated[float, Field(gt=0)] | Literal["auto"] = key("auto", "learning")
     """Learning rate; `auto` = 0.001."""
-
-    @model_validator(mode="after")
-    def _positive(self) -> "Optimizer":
-        if self.lr != "auto" and not self.lr > 0:
-            raise ValueError("lr: auto, or a number above zero")
-        return self
 
 
 class Guard(Section):
@@ -241,7 +407,7 @@ class Training(Section):
     """Whether weights change at all."""
     k1: int = key(16, "learning", ge=1, le=10_000)
     """New steps between updates of a series."""
-    k2: int | Literal["auto"] = key("auto", "learning")
+    k2: Annotated[int, Field(ge=1, le=20_000)] | Literal["auto"] = key("auto", "learning")
     """Steps back; `auto` = max(48, 2 × horizons). At least horizons + k1."""
     batch_series: int = key(256, "learning", ge=1, le=100_000)
     """Most windows in one update."""
@@ -272,7 +438,7 @@ class Keep(Section):
 class Checkpoint(Section):
     """Where and when state is made durable."""
 
-    url: str = key("./state", "free")
+    url: Directory = key("./state", "free")
     """Directory of the checkpoints, made if missing; relative to the working directory."""
     every: Every = key(Every(), "free")
     keep: Keep = key(Keep(), "free")
@@ -283,21 +449,21 @@ class Checkpoint(Section):
 class Forecasts(Section):
     """Where forecasts go."""
 
-    topic: str | None = key(None, "identity")
-    """Output topic; required by `run`."""
+    topic: Topic | None = key(None, "identity")
+    """Output topic. Default: the deployment's `name`."""
 
 
 class DeadLetters(Section):
     """Where records go that could not be used."""
 
-    topic: str | None = key(None, "identity")
+    topic: Topic | None = key(None, "identity")
     """Default: `<forecasts.topic>.dlq`."""
 
 
 class Progress(Section):
     """The chain of committed steps."""
 
-    topic: str | None = key(None, "identity")
+    topic: Topic | None = key(None, "identity")
     """Default: `<forecasts.topic>.progress`."""
     trim: bool = key(True, "free")
     """Delete what is older than the oldest checkpoint. `false` keeps all, for proofs over the whole life."""
@@ -316,7 +482,7 @@ class Sink(Section):
 class Runtime(Section):
     """The process."""
 
-    device: str = key("auto", "free", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
+    device: Device = key("auto", "free")
     """`auto` (a GPU if there is one), `cpu`, `cuda` or `cuda:N`. Asked for and not there: exit 78."""
     threads: int = key(1, "free", ge=1, le=256)
     """Threads inside one operation. More than one rarely pays, and other numbers give other bits."""
@@ -329,10 +495,15 @@ class Runtime(Section):
 class Http(Section):
     """`/metrics /healthz /readyz /status`."""
 
-    listen: str = key("127.0.0.1:9108", "free", pattern=r"^.+:\d+$")
+    listen: Listen = key("127.0.0.1:9108", "free")
     """Address and port; port 0 takes a free one."""
     stall_after: Duration = key("120s", "free")
     """`/healthz` fails when the loop has not turned for this long."""
+
+    @property
+    def address(self) -> tuple[str, int]:
+        """Host and port of `listen`."""
+        return split_address(self.listen)
 
 
 class Metrics(Section):
@@ -356,10 +527,10 @@ class Config(Section):
 
     version: Literal[1] = key(1, "free")
     """Of this file's format."""
-    name: str = key("forecasts", "identity", pattern=r"^[A-Za-z0-9._-]{1,100}$")
+    name: Name = key("forecasts", "identity")
     """Names the deployment: transactional id, consumer group for lag tools. No two may share it."""
-    source: Source = required("identity")
-    decode: Decode = required("identity")
+    source: Source = required({}, "identity")
+    decode: Decode = required({}, "identity")
     series: Series = key(Series(), "identity")
     model: Model = key(Model(), "identity")
     training: Training = key(Training(), "learning")
@@ -371,13 +542,9 @@ class Config(Section):
     logging: Logging = key(Logging(), "free")
 
     @model_validator(mode="after")
-    def _window_reaches_the_horizons(self) -> "Config":
-        if self.k2 < self.model.horizons + self.training.k1:
-            least = self.model.horizons + self.training.k1
-            raise ValueError(
-                f"training.k2: {self.k2} is shorter than model.horizons + training.k1 = {least}: "
-                "the longest horizon would never be learnt"
-            )
+    def _agrees(self) -> "Config":
+        if found := tuple(_conflicts(self)):
+            raise Conflicts(found)
         return self
 
     @property
@@ -398,13 +565,123 @@ class Config(Section):
         return None if self.model.season == "none" else self.model.season
 
     @property
-    def dead_letter_topic(self) -> str | None:
+    def forecast_topic(self) -> str:
         """Resolved."""
-        out = self.sink.forecasts.topic
-        return self.sink.dead_letters.topic or (f"{out}.dlq" if out else None)
+        return self.sink.forecasts.topic or self.name
 
     @property
-    def progress_topic(self) -> str | None:
+    def dead_letter_topic(self) -> str:
         """Resolved."""
-        out = self.sink.forecasts.topic
-        return self.sink.progress.topic or (f"{out}.progress" if out else None)
+        return self.sink.dead_letters.topic or f"{self.forecast_topic}.dlq"
+
+    @property
+    def progress_topic(self) -> str:
+        """Resolved."""
+        return self.sink.progress.topic or f"{self.forecast_topic}.progress"
+
+
+class Conflict(NamedTuple):
+    """Keys that are each allowed and do not go together: the one to blame, the fix, and all that take part."""
+
+    path: str
+    fix: str
+    involves: tuple[str, ...]
+
+
+class Conflicts(ValueError):
+    """All of them."""
+
+    def __init__(self, conflicts: tuple[Conflict, ...]) -> None:
+        super().__init__("; ".join(f"{c.path}: {c.fix}" for c in conflicts))
+        self.conflicts = conflicts
+
+
+def _conflicts(config: Config) -> Iterator[Conflict]:
+    """What keys must agree on."""
+    yield from _source_conflicts(config.source)
+    yield from _decode_conflicts(config.source, config.decode)
+    yield from _topic_conflicts(config)
+    calendar = config.model.calendar
+    if len(set(calendar)) != len(calendar):
+        yield Conflict("model.calendar", "name each phase once", ("model.calendar",))
+    least = config.model.horizons + config.training.k1
+    if config.k2 < least:
+        # The key to blame is the one that was set: k2 if it is a number, k1 if k2 followed the horizons.
+        involves = ("training.k2", "training.k1", "model.horizons")
+        if config.training.k2 == "auto":
+            most = config.k2 - config.model.horizons
+            yield Conflict("training.k1", f"write at most {most} (k2 - horizons), or a larger training.k2", involves)
+        else:
+            yield Conflict(
+                "training.k2",
+                f"write at least model.horizons + training.k1 = {least}, or the longest horizon is never learnt",
+                involves,
+            )
+
+
+def _source_conflicts(source: Source) -> Iterator[Conflict]:
+    if source.type == "kafka" and not source.topics:
+        yield Conflict(
+            "source.topics", "name at least one input topic: [metrics.raw]", ("source.topics", "source.type")
+        )
+    security, here = source.security, "source.security"
+    sasl = {name: getattr(security, name) for name in ("sasl_mechanism", "username", "password_file")}
+    tls = {name: getattr(security, name) for name in ("ca_file", "cert_file", "key_file")}
+    for name, value in sasl.items():
+        involves = (f"{here}.{name}", f"{here}.protocol")
+        if security.protocol.startswith("SASL_") and value is None:
+            yield Conflict(f"{here}.{name}", f"{here}.protocol is {security.protocol}: write one", involves)
+        if not security.protocol.startswith("SASL_") and value is not None:
+            fix = f"take it out, or write protocol: SASL_SSL; {security.protocol} authenticates nobody by it"
+            yield Conflict(f"{here}.{name}", fix, involves)
+    for name, value in tls.items():
+        if not security.protocol.endswith("SSL") and value is not None:
+            fix = f"take it out, or write protocol: SSL; {security.protocol} does not encrypt"
+            yield Conflict(f"{here}.{name}", fix, (f"{here}.{name}", f"{here}.protocol"))
+    if (security.cert_file is None) != (security.key_file is None):
+        blame = "cert_file" if security.cert_file is None else "key_file"
+        fix = "write both source.security.cert_file and key_file, or neither"
+        yield Conflict(f"{here}.{blame}", fix, (f"{here}.cert_file", f"{here}.key_file"))
+
+
+def _decode_conflicts(source: Source, decode: Decode) -> Iterator[Conflict]:
+    if decode.format == "csv":
+        if source.type == "kafka":
+            fix = "write json: csv is read from files only (source.type: files)"
+            yield Conflict("decode.format", fix, ("decode.format", "source.type"))
+        if decode.explode is not None:
+            fix = "write null: a row of a csv file holds no array"
+            yield Conflict("decode.explode", fix, ("decode.explode", "decode.format"))
+    if decode.csv.decimal == decode.csv.delimiter:
+        fix = "write another character than decode.csv.delimiter"
+        yield Conflict("decode.csv.decimal", fix, ("decode.csv.decimal", "decode.csv.delimiter"))
+    if decode.explode is None:
+        times = decode.timestamp.path
+        targets = decode.target
+        for path, values in (
+            ("decode.series_id", decode.series_id),
+            ("decode.timestamp.path", [times] if isinstance(times, str) else times),
+            ("decode.target", [targets] if isinstance(targets, str) else list(targets.values())),
+        ):
+            if any(value.startswith(("@.", "@[")) for value in values):
+                fix = "start the path at $: @. means an element of decode.explode, which is null"
+                yield Conflict(path, fix, (path, "decode.explode"))
+
+
+def _topic_conflicts(config: Config) -> Iterator[Conflict]:
+    inputs, sink = config.source.topics, "sink"
+    for topic, count in Counter(inputs).items():
+        if count > 1:
+            yield Conflict("source.topics", f"name {topic} once", ("source.topics",))
+    taken = dict.fromkeys(inputs, "source.topics")
+    involves = ("name", "source.topics", *(f"{sink}.{out}.topic" for out in ("forecasts", "dead_letters", "progress")))
+    for path, topic in (
+        ("sink.forecasts.topic", config.forecast_topic),
+        ("sink.dead_letters.topic", config.dead_letter_topic),
+        ("sink.progress.topic", config.progress_topic),
+    ):
+        if topic in taken:
+            yield Conflict(path, f"write another topic: {topic} is {taken[topic]} already", involves)
+        if len(topic) > 249:
+            yield Conflict(path, f"write a shorter topic: {topic} has more than 249 characters", involves)
+        taken[topic] = path
