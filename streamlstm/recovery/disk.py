@@ -1,0 +1,53 @@
+"""The few file operations that durability hangs on, in one place so that a test can fail, lose or stop any of them."""
+
+import os
+import shutil
+from pathlib import Path
+from typing import BinaryIO
+
+_DIRECTORY_MODE = 0o700
+_FILE_MODE = 0o600
+
+
+class Disk:
+    """
+    The real file system.
+
+    No operation is ever retried: after a failed fsync the kernel may have dropped the pages and marked them clean, and
+    a second fsync would report a success that never happened.
+    """
+
+    def make_directory(self, path: Path) -> None:
+        """A new directory only we can enter; its parent must exist, and it must not."""
+        path.mkdir(mode=_DIRECTORY_MODE)
+
+    def create(self, path: Path) -> BinaryIO:
+        """A new file only we can read, open for writing. It must not exist, not even as a link."""
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        return os.fdopen(os.open(path, flags, _FILE_MODE), "wb", buffering=0)
+
+    def write(self, file: BinaryIO, data: bytes | memoryview) -> None:
+        """All of ``data``, or an error."""
+        rest = memoryview(data).cast("B")
+        while len(rest):
+            rest = rest[file.write(rest) :]
+
+    def sync(self, file: BinaryIO) -> None:
+        """What was written to ``file`` survives a power cut."""
+        os.fsync(file.fileno())
+
+    def sync_directory(self, path: Path) -> None:
+        """The names in ``path`` survive a power cut."""
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+    def rename(self, old: Path, new: Path) -> None:
+        """``old`` is called ``new`` from now on, at one instant."""
+        old.rename(new)
+
+    def remove_tree(self, path: Path) -> None:
+        """A directory and all in it. Links are removed, never followed."""
+        shutil.rmtree(path)

@@ -1,0 +1,253 @@
+"""
+An engine state as files, and back: series as Parquet, one file a partition; named tensors as `.pt`; the rest as JSON.
+
+Knows no column by name. Whoever reads has checked the bytes first (:mod:`streamlstm.recovery.checkpoint`).
+"""
+
+import io
+import json
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from typing import IO, Any, NamedTuple, Protocol, cast
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+
+from streamlstm.engine.state import EngineState
+from streamlstm.errors import CheckpointError
+from streamlstm.records.batch import SeriesId
+
+if sys.byteorder != "little":  # pragma: no cover
+    raise ImportError("streamlstm stores tensors as little-endian rows, and this machine is big-endian")
+
+# Series written at once: bounds what a checkpoint takes beside the snapshot itself.
+_ROW_GROUP = 8192
+_METADATA = b"streamlstm"
+
+# One number per series has a type of its own, so that other tools can read it; a tensor per series is a row of bytes.
+_NATIVE: dict[torch.dtype, pa.DataType] = {
+    torch.bool: pa.bool_(),
+    torch.uint8: pa.uint8(),
+    torch.int8: pa.int8(),
+    torch.int16: pa.int16(),
+    torch.int32: pa.int32(),
+    torch.int64: pa.int64(),
+    torch.float32: pa.float32(),
+    torch.float64: pa.float64(),
+}
+
+
+class Sink(Protocol):
+    """Where bytes go, in order."""
+
+    def write(self, data: bytes | memoryview, /) -> int:
+        """Take all of ``data``."""
+        ...
+
+
+class Place(NamedTuple):
+    """One partition."""
+
+    topic: str
+    partition: int
+
+
+class Column(NamedTuple):
+    """What one series has of a column: dtype and shape of its row."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """As torch calls it."""
+        found = getattr(torch, self.dtype, None)
+        if not isinstance(found, torch.dtype):
+            raise CheckpointError(f"a column of type {self.dtype!r} is not known here")
+        return found
+
+    @property
+    def width(self) -> int:
+        """Bytes of a row."""
+        return int(np.prod(self.shape, dtype=np.int64)) * self.torch_dtype.itemsize
+
+    def arrow(self) -> pa.DataType:
+        """As Parquet holds it."""
+        native = _NATIVE.get(self.torch_dtype) if not self.shape else None
+        return native or pa.binary(self.width)
+
+
+def describe_columns(state: EngineState) -> dict[str, Column]:
+    """Every column's row, by name; needed again where a checkpoint has no series yet."""
+    return {
+        name: Column(str(chunks[0].dtype).removeprefix("torch."), tuple(chunks[0].shape[1:]))
+        for name, chunks in sorted(state.columns.items())
+    }
+
+
+def group_by_place(series: Sequence[SeriesId]) -> dict[Place, list[int]]:
+    """Row numbers of the series of each partition, sorted by key; partitions sorted too."""
+    groups: dict[Place, list[int]] = {}
+    for i in sorted(range(len(series)), key=lambda i: series[i]):
+        groups.setdefault(Place(series[i].topic, series[i].partition), []).append(i)
+    return groups
+
+
+def write_series(sink: Sink, state: EngineState, place: Place, rows: Sequence[int]) -> None:
+    """One Parquet file: a row per series of ``place``, in the order of ``rows``; page checksums on."""
+    columns = {name: column for name, column in describe_columns(state).items() if column.width}
+    schema = _schema(place, columns)
+    starts = {name: _chunk_starts(state.columns[name]) for name in columns}
+    target = pa.PythonFile(_Stream(sink), mode="w")
+    with pq.ParquetWriter(
+        target, schema, compression="none", use_dictionary=False, write_statistics=False, write_page_checksum=True
+    ) as writer:
+        for first in range(0, len(rows), _ROW_GROUP):
+            group = np.asarray(rows[first : first + _ROW_GROUP], np.int64)
+            arrays: list[pa.Array] = [pa.array([state.series[i].key for i in group], pa.string())]
+            for name, column in columns.items():
+                arrays.append(_to_arrow(_take(state.columns[name], starts[name], group), column))
+            writer.write_table(pa.Table.from_arrays(arrays, schema=schema), row_group_size=_ROW_GROUP)
+
+
+def read_series(data: bytes, columns: dict[str, Column]) -> tuple[Place, list[str], dict[str, Tensor]]:
+    """
+    Place, keys and columns of one file.
+
+    Raises :class:`~streamlstm.errors.CheckpointError` when it is not what ``columns`` promise.
+    """
+    try:
+        table = pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True).read(use_threads=False)
+        told = json.loads((table.schema.metadata or {})[_METADATA])
+        place = Place(str(told["topic"]), int(told["partition"]))
+    except (pa.ArrowException, OSError, KeyError, ValueError, TypeError) as error:
+        raise CheckpointError(f"not a state file: {error}") from error
+    stored = {name: column for name, column in columns.items() if column.width}
+    if not table.schema.equals(_schema(place, stored)):
+        raise CheckpointError("the columns of a state file are not those meta.json lists")
+    keys = cast("list[str]", table.column("key").to_pylist())
+    return place, keys, {name: _from_arrow(table.column(name), column) for name, column in stored.items()}
+
+
+def join_series(
+    parts: Iterable[tuple[Place, list[str], dict[str, Tensor]]], columns: dict[str, Column]
+) -> tuple[tuple[SeriesId, ...], dict[str, list[Tensor]]]:
+    """The series of all partitions, and their columns in as many chunks; one empty chunk where there are none."""
+    series: list[SeriesId] = []
+    joined: dict[str, list[Tensor]] = {name: [] for name in columns}
+    for place, keys, values in parts:
+        series.extend(SeriesId(place.topic, place.partition, key) for key in keys)
+        for name, column in columns.items():
+            joined[name].append(values[name] if column.width else _empty(len(keys), column))
+    for name, column in columns.items():
+        if not joined[name]:
+            joined[name].append(_empty(0, column))
+    return tuple(series), joined
+
+
+def write_tensors(sink: Sink, tensors: dict[str, Tensor]) -> None:
+    """Named tensors as torch writes them; on the CPU, and each with no more storage than its own."""
+    own = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
+    torch.save(own, cast("IO[bytes]", _Stream(sink)))
+
+
+def read_tensors(data: bytes) -> dict[str, Tensor]:
+    """Named tensors. Never runs code from the file, never falls back to a reader that would."""
+    try:
+        loaded: object = torch.load(io.BytesIO(data), weights_only=True, map_location="cpu")
+    except Exception as error:
+        raise CheckpointError(f"not a tensor file: {type(error).__name__}: {error}") from error
+    if not isinstance(loaded, dict):
+        raise CheckpointError("a tensor file does not hold named tensors")
+    named = cast("dict[object, object]", loaded)
+    if not all(isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in named.items()):
+        raise CheckpointError("a tensor file does not hold named tensors")
+    return cast("dict[str, Tensor]", named)
+
+
+def canonical_json(value: Any) -> bytes:  # noqa: ANN401, because it is any JSON
+    """JSON with one spelling: keys sorted, no spaces. Raises ``ValueError`` for NaN, which JSON does not have."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+
+
+class _Stream:
+    """What pyarrow and torch ask of a file they only write to."""
+
+    def __init__(self, sink: Sink) -> None:
+        self._sink = sink
+        self._at = 0
+        self.closed = False
+
+    def write(self, data: bytes | memoryview) -> int:
+        size = memoryview(data).nbytes
+        self._sink.write(data)
+        self._at += size
+        return size
+
+    def tell(self) -> int:
+        return self._at
+
+    def flush(self) -> None:
+        pass
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def _schema(place: Place, columns: dict[str, Column]) -> pa.Schema:
+    if "key" in columns:
+        raise CheckpointError("a column may not be called key")
+    told = {
+        "topic": place.topic,
+        "partition": place.partition,
+        "columns": {name: {"dtype": c.dtype, "shape": list(c.shape)} for name, c in columns.items()},
+    }
+    fields = [pa.field("key", pa.string(), nullable=False)]
+    fields += [pa.field(name, column.arrow(), nullable=False) for name, column in columns.items()]
+    return pa.schema(fields, metadata={_METADATA: canonical_json(told)})
+
+
+def _chunk_starts(chunks: Sequence[Tensor]) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+    return np.cumsum([0, *(len(chunk) for chunk in chunks[:-1])], dtype=np.int64)
+
+
+def _take(chunks: Sequence[Tensor], starts: np.ndarray[Any, Any], rows: np.ndarray[Any, Any]) -> Tensor:
+    """These rows of a chunked column, on the CPU, without joining the chunks."""
+    chunk_of = np.searchsorted(starts, rows, side="right") - 1
+    taken = torch.empty((len(rows), *chunks[0].shape[1:]), dtype=chunks[0].dtype)
+    for c in np.unique(chunk_of):
+        here = np.flatnonzero(chunk_of == c)
+        picked = torch.from_numpy(rows[here] - starts[c]).to(chunks[c].device)
+        taken[torch.from_numpy(here)] = chunks[c].detach()[picked].cpu()
+    return taken
+
+
+def _to_arrow(rows: Tensor, column: Column) -> pa.Array:
+    if not column.shape and column.torch_dtype in _NATIVE:
+        return pa.array(rows.numpy(), column.arrow(), from_pandas=False)
+    raw = rows.contiguous().reshape(-1).view(torch.uint8).numpy()
+    return pa.FixedSizeBinaryArray.from_buffers(column.arrow(), len(rows), [None, pa.py_buffer(raw)])
+
+
+def _from_arrow(values: pa.ChunkedArray, column: Column) -> Tensor:
+    if not column.shape and column.torch_dtype in _NATIVE:
+        return torch.from_numpy(np.array(values.to_numpy()))
+    rows = torch.empty((len(values), column.width), dtype=torch.uint8)
+    for at, chunk in _with_offsets(values.chunks):
+        raw = np.frombuffer(chunk.buffers()[1], np.uint8, len(chunk) * column.width, chunk.offset * column.width)
+        rows[at : at + len(chunk)] = torch.from_numpy(raw.reshape(len(chunk), column.width).copy())
+    return rows.reshape(-1).view(column.torch_dtype).reshape(len(values), *column.shape)
+
+
+def _with_offsets(chunks: Sequence[pa.Array]) -> Iterator[tuple[int, pa.Array]]:
+    at = 0
+    for chunk in chunks:
+        yield at, chunk
+        at += len(chunk)
+
+
+def _empty(rows: int, column: Column) -> Tensor:
+    return torch.empty((rows, *column.shape), dtype=column.torch_dtype)
