@@ -1,0 +1,67 @@
+"""
+The network: one LSTM layer and a direct head for every horizon, all parameters in one flat buffer.
+
+One buffer makes the clip one norm, Adam one expression, a snapshot one clone. The LSTM has a single bias:
+``nn.LSTM`` has two, which under Adam doubles the effective step of the bias and counts it twice in the norm.
+
+Axes: F features, H hidden units, K horizons.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Shape(NamedTuple):
+    """The network's axes."""
+
+    features: int
+    hidden: int
+    horizons: int
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers it has."""
+        f, h, k = self
+        return (f + h + 1) * 4 * h + (h + 1) * k
+
+
+class Parameters(NamedTuple):
+    """
+    Views into one flat buffer.
+
+    ``gates [F + H, 4H]`` maps input and hidden state to the pre-activations of the input, forget, output and
+    candidate gates, in this order; ``gate_bias [4H]``; ``head [H, K]`` and ``head_bias [K]``.
+    """
+
+    gates: Tensor
+    gate_bias: Tensor
+    head: Tensor
+    head_bias: Tensor
+
+
+def view(flat: Tensor, shape: Shape) -> Parameters:
+    """The parameters inside a flat buffer ``[P]``: no copy."""
+    f, h, k = shape
+    gates, gate_bias, head, head_bias = flat.split([(f + h) * 4 * h, 4 * h, h * k, k])
+    return Parameters(gates.view(f + h, 4 * h), gate_bias, head.view(h, k), head_bias)
+
+
+def initial(shape: Shape, seed: int) -> Tensor:
+    """
+    Fresh weights ``[P]`` float32 on the CPU, from a generator of their own.
+
+    Uniform within ±1/√H, the forget gate's bias at 1 so that memory is kept at first (Jozefowicz et al., 2015), the
+    head at zero: the network starts as the naive forecast.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    bound = 1 / math.sqrt(shape.hidden)
+    flat = torch.empty(shape.parameters).uniform_(-bound, bound, generator=generator)
+    parameters = view(flat, shape)
+    parameters.gate_bias.zero_()
+    parameters.gate_bias[shape.hidden : 2 * shape.hidden] = 1
+    parameters.head.zero_()
+    parameters.head_bias.zero_()
+    return flat

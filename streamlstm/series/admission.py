@@ -1,0 +1,206 @@
+"""
+Admission: every record is placed on its own series' clock, or turned away.
+
+All decisions come from timestamps in the log and from the configuration, in the order of the log. They are integers
+only, so they can be taken for a whole batch before any forecast is computed.
+"""
+
+from dataclasses import dataclass
+from enum import IntEnum
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from streamlstm.config.model import Config
+from streamlstm.records.batch import I32, I64, RecordBatch
+from streamlstm.series.table import Column, SeriesTable
+
+NONE = np.iinfo(np.int64).min
+"""No time."""
+
+GAPS = 8
+"""Positive gaps from which ``interval: auto`` is learnt."""
+
+_NS = 1_000_000_000
+
+# Hostile timestamps must not overflow a clock: 2**61 ns are 73 years, and a leap of 2**32 intervals has long expired
+# all that was open.
+_LONGEST_GAP = 1 << 61
+_LONGEST_LEAP = 1 << 32
+
+
+class Verdict(IntEnum):
+    """What admission says of a record."""
+
+    FRESH = 0
+    LATE = 1
+    DUPLICATE = 2
+    SKIPPED = 3
+    FUTURE = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """The configuration's part of every decision. Times in ns; ``fixed_interval`` is 0 for none."""
+
+    k2: int
+    horizons: int
+    learn_interval: bool
+    fixed_interval: int
+    gap_reset: int | None
+    max_ahead: int
+    max_series: int
+
+    @classmethod
+    def of(cls, config: Config) -> "Rules":
+        """From a configuration."""
+        interval, gap = config.series.interval, config.series.gap_reset
+        return cls(
+            k2=config.k2,
+            horizons=config.model.horizons,
+            learn_interval=interval == "auto",
+            fixed_interval=round(interval * _NS) if isinstance(interval, float) else 0,
+            gap_reset=None if gap is None else round(gap * _NS),
+            max_ahead=round(config.series.max_ahead * _NS),
+            max_series=config.series.max_series,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Admitted:
+    """
+    N verdicts, and the M fresh records in the batch's order.
+
+    ``clock_M`` is n, ``age_M`` is m. ``restart_M`` marks a record whose carry starts from zero: a new series, or one
+    that returns after ``gap_reset`` (``gap_resets`` counts only those). ``interval_ns_M`` is 0 while it is not known.
+    """
+
+    verdict_N: NDArray[np.uint8]
+    record_M: I32
+    slot_M: I64
+    clock_M: I64
+    age_M: I64
+    interval_ns_M: I64
+    restart_M: NDArray[np.bool_]
+    gap_resets: int
+
+
+def clock_columns(k2: int) -> list[Column]:
+    """What a series' clock is made of: a ring of the times of its last k2 records, by m mod k2, among others."""
+    return [
+        Column("time_ns", (), torch.int64, NONE, host=True),
+        Column("clock", (), torch.int64, host=True),
+        Column("age", (), torch.int64, host=True),
+        Column("interval_ns", (), torch.int64, host=True),
+        Column("gaps_ns", (GAPS,), torch.int64, host=True),
+        Column("gap_count", (), torch.int64, host=True),
+        Column("recent_ns", (k2,), torch.int64, NONE, host=True),
+    ]
+
+
+def admit(  # noqa: C901, PLR0915, because it is one pass over the log, and its state is its locals
+    table: SeriesTable, rules: Rules, batch: RecordBatch
+) -> Admitted:
+    """
+    Place the N records of a batch, in its order, and move the clocks of their series.
+
+    A timestamp more than ``max_ahead`` past the broker's is refused before its series is looked at, or one bad record
+    would block the series for a year. A duplicate is a timestamp still in the retained window; anything else not after
+    the newest is late. ``n`` advances by max(1, round(Δt / interval)), half up; a gap longer than ``gap_reset``
+    restarts the age and forgets window and interval, and counts as one interval.
+    """
+    slots = [table.slot_of.get(series, -1) for series in batch.series]
+    known_Q = np.array([slot >= 0 for slot in slots], np.bool_)
+    selection = table.select(np.array([slot for slot in slots if slot >= 0], np.int64))
+
+    def load(name: str) -> NDArray[np.int64]:
+        values = table.blank(name, len(slots)).numpy()
+        values[known_Q] = table.gather(name, selection).numpy()
+        return values
+
+    gaps, recent = load("gaps_ns"), load("recent_ns")
+    time, n, m = load("time_ns").tolist(), load("clock").tolist(), load("age").tolist()
+    interval, gap_count = load("interval_ns").tolist(), load("gap_count").tolist()
+
+    verdicts = bytearray(len(batch))
+    fresh: list[int] = []
+    fresh_code: list[int] = []
+    fresh_n: list[int] = []
+    fresh_m: list[int] = []
+    fresh_interval: list[int] = []
+    restarts: list[bool] = []
+    resets = 0
+    k2, max_ahead, gap_reset, learn = rules.k2, rules.max_ahead, rules.gap_reset, rules.learn_interval
+
+    gap = 0
+    for i, (q, t, broker) in enumerate(
+        zip(batch.code.tolist(), batch.time_ns.tolist(), batch.broker_ns.tolist(), strict=True)
+    ):
+        if broker >= 0 and t > broker + max_ahead:
+            verdicts[i] = Verdict.FUTURE
+            continue
+        newest = time[q]
+        if newest == NONE:
+            if slots[q] < 0:
+                if len(table) >= rules.max_series:
+                    verdicts[i] = Verdict.SKIPPED
+                    continue
+                slots[q] = table.add(batch.series[q])
+            n[q] = m[q] = 1
+            interval[q] = rules.fixed_interval
+            restart = True
+        else:
+            if t <= newest:
+                verdicts[i] = Verdict.DUPLICATE if (recent[q] == t).any() else Verdict.LATE
+                continue
+            gap = min(t - newest, _LONGEST_GAP)
+            restart = gap_reset is not None and gap > gap_reset
+            if restart:
+                resets += 1
+                interval[q], gap_count[q] = rules.fixed_interval, 0
+                gaps[q] = 0
+                recent[q] = NONE
+                n[q] += 1
+                m[q] = 1
+            else:
+                spacing = interval[q]
+                n[q] += min(max(1, (2 * gap + spacing) // (2 * spacing)), _LONGEST_LEAP) if spacing else 1
+                m[q] += 1
+        fresh_interval.append(interval[q])
+        if learn and not restart and not interval[q]:
+            gaps[q, gap_count[q]] = gap
+            gap_count[q] += 1
+            if gap_count[q] == GAPS:
+                interval[q] = int(np.sort(gaps[q])[(GAPS - 1) // 2])
+        time[q] = t
+        recent[q, m[q] % k2] = t
+        fresh.append(i)
+        fresh_code.append(q)
+        fresh_n.append(n[q])
+        fresh_m.append(m[q])
+        restarts.append(restart)
+
+    slot_Q = np.array(slots, np.int64)
+    known_Q = slot_Q >= 0
+    selection = table.select(slot_Q[known_Q])
+    for name, values in (
+        ("time_ns", np.array(time, np.int64)),
+        ("clock", np.array(n, np.int64)),
+        ("age", np.array(m, np.int64)),
+        ("interval_ns", np.array(interval, np.int64)),
+        ("gaps_ns", gaps),
+        ("gap_count", np.array(gap_count, np.int64)),
+        ("recent_ns", recent),
+    ):
+        table.scatter(name, selection, torch.from_numpy(values[known_Q]))
+    return Admitted(
+        verdict_N=np.frombuffer(bytes(verdicts), np.uint8),
+        record_M=np.array(fresh, np.int32),
+        slot_M=slot_Q[np.array(fresh_code, np.int64)] if fresh else np.empty(0, np.int64),
+        clock_M=np.array(fresh_n, np.int64),
+        age_M=np.array(fresh_m, np.int64),
+        interval_ns_M=np.array(fresh_interval, np.int64),
+        restart_M=np.array(restarts, np.bool_),
+        gap_resets=resets,
+    )
