@@ -23,6 +23,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 KeyClass = Literal["identity", "learning", "free"]
 
 _MILLISECONDS = {"ms": 1, "s": 1000, "m": 60_000, "h": 3_600_000, "d": 86_400_000}
+_SHORTEST_S, _LONGEST_S = 1e-6, 3650 * 86_400.0  # in ns, both are far inside 64 bits
 _BYTES = {"B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30, "kB": 1000, "MB": 10**6, "GB": 10**9}
 
 
@@ -37,9 +38,9 @@ class Means:
 def _parse_duration(value: object) -> object:
     """Seconds. Plain numbers are refused: nobody remembers the unit."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(ms|s|m|h|d)", value.strip()) if isinstance(value, str) else None
-    if match and (seconds := float(match[1]) * _MILLISECONDS[match[2]] / 1000) > 0:
+    if match and _SHORTEST_S <= (seconds := float(match[1]) * _MILLISECONDS[match[2]] / 1000) <= _LONGEST_S:
         return seconds
-    raise ValueError("write a duration above zero, a number with its unit: 200ms, 10s, 5m, 1h or 7d")
+    raise ValueError("write a duration, a number with its unit, from 0.001ms to 3650d: 200ms, 10s, 5m, 1h or 7d")
 
 
 def format_duration(seconds: float) -> str:
@@ -236,6 +237,7 @@ TimeUnit = Annotated[
 ]
 Directory = Annotated[str, AfterValidator(_directory), Means("the path of a local directory")]
 PropertyName = Annotated[str, AfterValidator(_property_name), Means("a setting of the Kafka client", "client settings")]
+Setting = Annotated[str | int | float | bool, Means("text, a number, true or false", "text, numbers, true or false")]
 Device = Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$"), Means("auto, cpu, cuda or cuda:N")]
 Name = Annotated[
     str,
@@ -250,8 +252,8 @@ def key(default: Any, klass: KeyClass, **constraints: Any) -> Any:  # noqa: ANN4
     return Field(default, json_schema_extra={"class": klass}, **constraints)
 
 
-def required(example: Any, klass: KeyClass) -> Any:  # noqa: ANN401, because it stands for any field
-    """A field without a default; the example is what messages and the reference propose."""
+def required(klass: KeyClass, example: object = None) -> Any:  # noqa: ANN401, because it stands for any field
+    """A field without a default. If it is no section, the example is what messages and the reference propose."""
     return Field(json_schema_extra={"class": klass}, examples=[example])
 
 
@@ -259,7 +261,12 @@ class Section(BaseModel):
     """Unknown keys are refused; the docstring under a field is its entry in the reference."""
 
     model_config = ConfigDict(
-        extra="forbid", frozen=True, use_attribute_docstrings=True, validate_default=True, strict=True
+        extra="forbid",
+        frozen=True,
+        use_attribute_docstrings=True,
+        validate_default=True,
+        strict=True,
+        allow_inf_nan=False,
     )
 
 
@@ -305,14 +312,14 @@ class Source(Section):
     where the last one stopped."""
     poll: Poll = key(Poll(), "free")
     security: Security = key(Security(), "free")
-    properties: dict[PropertyName, str | int | float | bool] = key({}, "free")
+    properties: dict[PropertyName, Setting] = key({}, "free")
     """Further settings of the Kafka client, names checked. What correctness hangs on cannot be set."""
 
 
 class Timestamp(Section):
     """Where the event time stands."""
 
-    path: Path | list[Path] = required("$.timestamp", "identity")
+    path: Path | list[Path] = required("identity", "$.timestamp")
     """Field path; several are joined by a space."""
     unit: TimeUnit = key("auto", "identity")
     """`auto`, `s`, `ms`, `us`, `ns`, `iso8601` or a strptime pattern. `auto` takes numbers by magnitude
@@ -338,11 +345,11 @@ class Decode(Section):
     explode: Path | None = key(None, "identity")
     """Path of an array of observations inside one message; the other paths may then start at `$` (the
     message) or `@.` (the observation)."""
-    series_id: Annotated[list[SeriesPart], Field(min_length=1)] = required(["$.host", "$.name"], "identity")
+    series_id: Annotated[list[SeriesPart], Field(min_length=1)] = required("identity", ["$.host", "$.name"])
     """Paths joined with `|`; also `@key @field @topic @partition @header.NAME`."""
-    timestamp: Timestamp = required({"path": "$.timestamp"}, "identity")
+    timestamp: Timestamp = required("identity")
     csv: Csv = key(Csv(), "identity")
-    target: Path | dict[str, Path] = required("$.value", "identity")
+    target: Path | dict[str, Path] = required("identity", "$.value")
     """What is forecast: a path, a map `{name: path}`, or `$.*` (every number but the time): several are
     several series, told apart by `@field`, which is appended to `series_id` when it is not there."""
     on_error: Literal["dead_letter", "skip", "fail"] = key("dead_letter", "identity")
@@ -363,7 +370,7 @@ class Series(Section):
     its series."""
     gap_reset: Duration | None = key(None, "identity")
     """Silence after which the carry starts from zero; `null` = never."""
-    max_series: int = key(100_000, "identity", ge=1)
+    max_series: int = key(100_000, "identity", ge=1, le=100_000_000)
     """Records of series beyond this many are skipped and counted."""
 
 
@@ -380,7 +387,7 @@ class Model(Section):
     """Intervals per season: inputs one season back, and the seasonal naive baseline."""
     calendar: list[Literal["hour", "weekday"]] = key(["hour", "weekday"], "identity")
     """Phases of the event time (UTC) the network sees."""
-    seed: int = key(17, "identity", ge=0)
+    seed: int = key(17, "identity", ge=0, le=2**32 - 1)
     """Of the initial weights."""
 
 
@@ -396,7 +403,7 @@ class Optimizer(Section):
 class Guard(Section):
     """When learning goes wrong."""
 
-    patience: int = key(50, "learning", ge=1)
+    patience: int = key(50, "learning", ge=1, le=1_000_000)
     """Updates skipped in a row (loss or gradient not finite) before the weights go back to the last good ones."""
 
 
@@ -411,7 +418,7 @@ class Training(Section):
     """Steps back; `auto` = max(48, 2 × horizons). At least horizons + k1."""
     batch_series: int = key(256, "learning", ge=1, le=100_000)
     """Most windows in one update."""
-    max_wait: int = key(4096, "learning", ge=1)
+    max_wait: int = key(4096, "learning", ge=1, le=100_000_000)
     """Fresh records after which a queued window is learnt from, however few there are."""
     optimizer: Optimizer = key(Optimizer(), "learning")
     clip_norm: float = key(1.0, "learning", gt=0)
@@ -424,14 +431,14 @@ class Every(Section):
 
     time: Duration = key("60s", "free")
     """Since the last one."""
-    records: int = key(500_000, "free", ge=1)
+    records: int = key(500_000, "free", ge=1, le=10**12)
     """Since the last one."""
 
 
 class Keep(Section):
     """Which checkpoints stay."""
 
-    last: int = key(5, "free", ge=2)
+    last: int = key(5, "free", ge=2, le=1000)
     """The newest so many. At least 2: with one, a damaged newest would leave nothing."""
 
 
@@ -509,7 +516,7 @@ class Http(Section):
 class Metrics(Section):
     """What the scores are computed over."""
 
-    window: int = key(2000, "free", ge=1)
+    window: int = key(2000, "free", ge=1, le=1_000_000)
     """Settled forecasts per horizon in the prequential gauges."""
 
 
@@ -529,8 +536,8 @@ class Config(Section):
     """Of this file's format."""
     name: Name = key("forecasts", "identity")
     """Names the deployment: transactional id, consumer group for lag tools. No two may share it."""
-    source: Source = required({}, "identity")
-    decode: Decode = required({}, "identity")
+    source: Source = required("identity")
+    decode: Decode = required("identity")
     series: Series = key(Series(), "identity")
     model: Model = key(Model(), "identity")
     training: Training = key(Training(), "learning")
