@@ -7,8 +7,8 @@ whole; fsync the parent, so that the rename stays. Only then is it announced. Wi
 states in which a checkpoint is visible and incomplete, or announced and lost. Nothing is retried: after a failed fsync
 the kernel may call lost pages clean, so a failed attempt is thrown away with its files.
 
-There is no pointer file: the newest generation that is whole wins. A bad one is renamed ``<step>.bad-<n>`` as soon as
-an older one was found good; when none is, nothing is touched and the start is refused.
+There is no pointer file: the newest generation that is whole wins. A bad one is renamed ``<step>.bad-<n>`` once an
+older one was found good; when none is, nothing is touched and the start is refused.
 """
 
 import errno
@@ -122,11 +122,10 @@ class Loaded(NamedTuple):
 
 
 class Refused(NamedTuple):
-    """A generation that cannot be used, and why. ``moved_to`` is its new name once it was put aside."""
+    """A generation that cannot be used, and why."""
 
     step: int
     reason: str
-    moved_to: str = ""
 
 
 class CheckpointStore:
@@ -180,7 +179,7 @@ class CheckpointStore:
         names = _names(self.directory) if self.directory.exists() else []
         return sorted(int(name) for name in names if _GENERATION.match(name))
 
-    def put_aside(self) -> list[str]:
+    def bad(self) -> list[str]:
         """The names of bad generations that were put aside, by this process or an earlier one; oldest first."""
         return sorted(name for name in _names(self.directory) if _BAD.match(name))
 
@@ -215,29 +214,42 @@ class CheckpointStore:
 
     def newest(self, beyond: Mapping[int, str] | None = None) -> tuple[Loaded | None, list[Refused]]:
         """
-        The newest generation that is whole, and those that were put aside because they are not.
+        The newest generation that is whole, and the newer ones that are not, which are to be put aside.
 
         ``beyond`` holds generations that the progress chain does not know, with the reason. ``None`` is returned when
         there is none at all. Raises :class:`~streamlstm.errors.CheckpointError`, naming each reason, when there are
-        some and none is good; then nothing was renamed.
+        some and none is good.
         """
         refused: list[Refused] = []
-        found: Loaded | None = None
         for step in reversed(self.steps()):
             if beyond and step in beyond:
                 refused.append(Refused(step, beyond[step]))
                 continue
             try:
-                found = self.load(step)
-                break
+                return self.load(step), refused
             except _NewerSchema:
                 raise
             except (CheckpointError, OSError) as error:
                 refused.append(Refused(step, str(error)))
-        if found is None and refused:
+        if refused:
             reasons = "; ".join(f"{r.step}: {r.reason}" for r in refused)
             raise CheckpointError(f"no checkpoint in {self.directory} can be used: {reasons}")
-        return found, [bad._replace(moved_to=self._put_aside(bad.step)) for bad in refused]
+        return None, []
+
+    def put_aside(self, step: int) -> str:
+        """
+        Rename a bad generation, so that it is neither used nor counted again; its new name.
+
+        Only once an older one was found good: a start that is refused touches nothing.
+        """
+        taken = {int(m[2]) for m in map(_BAD.match, self.bad()) if m and int(m[1]) == step}
+        name = f"{step:020d}.bad-{max(taken, default=0) + 1}"
+        try:
+            self._disk.rename(self._path(step), self.directory / name)
+            self._disk.sync_directory(self.directory)
+        except OSError as error:
+            raise CheckpointNotWritten(f"{self._path(step)} is bad and cannot be put aside: {error}") from error
+        return name
 
     def write(self, state: EngineState, provenance: Provenance) -> Written:
         """
@@ -265,7 +277,7 @@ class CheckpointStore:
         because an older one is still there.
         """
         try:
-            for name in [f"{step:020d}" for step in self.steps()[:-keep]] + self.put_aside()[:-keep]:
+            for name in [f"{step:020d}" for step in self.steps()[:-keep]] + self.bad()[:-keep]:
                 gone = self.directory / f"{_TEMPORARY}old-{name}"
                 self._disk.rename(self.directory / name, gone)
                 self._disk.remove_tree(gone)
@@ -308,16 +320,6 @@ class CheckpointStore:
                 changed = True
         if changed:
             self._disk.sync_directory(self.directory)
-
-    def _put_aside(self, step: int) -> str:
-        taken = {int(m[2]) for m in map(_BAD.match, self.put_aside()) if m and int(m[1]) == step}
-        name = f"{step:020d}.bad-{max(taken, default=0) + 1}"
-        try:
-            self._disk.rename(self._path(step), self.directory / name)
-            self._disk.sync_directory(self.directory)
-        except OSError as error:
-            raise CheckpointNotWritten(f"{self._path(step)} is bad and cannot be put aside: {error}") from error
-        return name
 
     def _discard(self, temporary: Path, step: int) -> None:
         final, replaced = self._path(step), self._replaced(step)

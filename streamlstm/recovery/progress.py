@@ -129,20 +129,21 @@ def record_steps(
 @dataclass(slots=True)
 class Chain:
     """
-    The retained part of the chain, verified.
+    The chain as far as it was read, verified.
 
-    ``tip`` is the newest record, ``first_step`` and ``last_step`` the steps it holds (``last_step`` 0 when there is
-    none yet), ``positions`` where the next cut must start, by (topic, partition): all of them once an origin is
-    retained, else those seen. ``incarnations`` are oldest first.
+    ``first`` and ``tip`` are its oldest and newest record; ``trimmed`` says that others came before. ``last_step`` is
+    0 while there is none. ``positions`` is where the next cut must start, by (topic, partition): all of them when an
+    origin was read, else those seen. ``ends`` is the last step up to each record, by its digest. All oldest first.
     """
 
     lineage: str | None = None
+    first: Link | None = None
     tip: Link | None = None
     trimmed: bool = False
     last_step: int = 0
     steps: list[RecordedStep] = field(default_factory=list[RecordedStep])
     ends: dict[str, int] = field(default_factory=dict[str, int])
-    incarnations: list[Incarnation] = field(default_factory=list[Incarnation])
+    incarnations: list[tuple[Link, Incarnation]] = field(default_factory=list[tuple[Link, Incarnation]])
     positions: dict[tuple[str, int], int] = field(default_factory=dict[tuple[str, int], int])
 
     def after(self, step: int) -> Iterator[RecordedStep]:
@@ -155,7 +156,15 @@ class Chain:
 
     def incarnation(self, ident: str) -> Incarnation | None:
         """An incarnation by its id, if it is retained."""
-        return next((found for found in self.incarnations if found.id == ident), None)
+        return next((found for _, found in self.incarnations if found.id == ident), None)
+
+    def origins_after(self, link: Link | None) -> list[Origin]:
+        """What the incarnations after this record (``None``: all) took for the first step's start."""
+        return [
+            found.origin
+            for at, found in self.incarnations
+            if found.origin is not None and (link is None or at.offset > link.offset)
+        ]
 
 
 def read_chain(entries: Sequence[ProgressEntry], name: str) -> Chain:
@@ -169,7 +178,8 @@ def read_chain(entries: Sequence[ProgressEntry], name: str) -> Chain:
     chain = Chain()
     current: str | None = None  # the incarnation that may write; unknown while its record is trimmed
     for entry in entries:
-        record = _decode(entry)
+        record = decode_record(entry)
+        link = Link(entry.offset, digest_record(entry.value))
         if chain.tip is None:
             chain.trimmed = record.prev != ""
             chain.lineage = record.lineage
@@ -182,18 +192,21 @@ def read_chain(entries: Sequence[ProgressEntry], name: str) -> Chain:
             _refuse(entry, "a record of another run: two deployments share the topic")
         if isinstance(record, Incarnation):
             _admit_incarnation(chain, entry, record, name)
+            chain.incarnations.append((link, record))
             current = record.id
         else:
             if current is not None and record.incarnation != current:
                 _refuse(entry, "steps of a process that had been superseded")
             current = record.incarnation
             _admit_steps(chain, entry, record)
-        chain.tip = Link(entry.offset, digest_record(entry.value))
-        chain.ends[chain.tip.digest] = chain.last_step
+        chain.first = chain.first or link
+        chain.tip = link
+        chain.ends[link.digest] = chain.last_step
     return chain
 
 
-def _decode(entry: ProgressEntry) -> Incarnation | Steps:
+def decode_record(entry: ProgressEntry) -> Incarnation | Steps:
+    """One record. Raises :class:`~streamlstm.errors.ProgressError` when it is none of ours."""
     try:
         return _decoder.decode(entry.value)
     except msgspec.MsgspecError as error:
@@ -210,7 +223,6 @@ def _admit_incarnation(chain: Chain, entry: ProgressEntry, record: Incarnation, 
     if record.origin is not None:
         chain.positions = {(topic, partition): at for topic, partition, at in record.origin.positions}
     chain.last_step = record.after
-    chain.incarnations.append(record)
 
 
 def _admit_steps(chain: Chain, entry: ProgressEntry, record: Steps) -> None:
