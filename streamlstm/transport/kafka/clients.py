@@ -1,0 +1,76 @@
+"""kafka-python's three clients, opened and closed within bounds."""
+
+import contextlib
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
+from typing import Any, TypeAlias
+
+from kafka import KafkaAdminClient, KafkaConsumer, KafkaProducer
+from kafka import errors as kafka_errors
+
+from streamlstm.config.model import Config, Source
+from streamlstm.errors import Unavailable
+from streamlstm.transport.kafka.explain import explained
+from streamlstm.transport.kafka.settings import admin_settings, consumer_settings, producer_settings, quieten
+
+# Untyped, because the stubs that pyright brings along are those of kafka-python 2.
+Admin: TypeAlias = Any
+Consumer: TypeAlias = Any
+Producer: TypeAlias = Any
+
+CLOSE_TIMEOUT_S = 2.0
+
+
+def open_consumer(config: Config, **settings: object) -> Consumer:
+    """A consumer with nothing assigned. Raises :class:`~streamlstm.errors.Unavailable` when no broker answers."""
+    return _open(KafkaConsumer, {**consumer_settings(config), **settings})
+
+
+def open_transactional_producer(config: Config) -> Producer:
+    """The producer of the checked commit. Raises :class:`~streamlstm.errors.Unavailable` when no broker answers."""
+    return _open(KafkaProducer, producer_settings(config))
+
+
+def open_producer(settings: Mapping[str, Any]) -> Producer:
+    """Any other producer."""
+    return _open(KafkaProducer, settings)
+
+
+@contextmanager
+def admin(source: Source) -> Generator[Admin, None, None]:
+    """An admin client for the length of the block."""
+    client = _open(KafkaAdminClient, admin_settings(source))
+    try:
+        yield client
+    finally:
+        with contextlib.suppress(Exception):
+            client.close()
+
+
+def close_consumer(consumer: Consumer) -> None:
+    """Close it. Never raises: there is nothing in it that must be saved."""
+    with contextlib.suppress(Exception):
+        consumer.close(autocommit=False, timeout_ms=int(1000 * CLOSE_TIMEOUT_S))
+
+
+def close_producer(producer: Producer) -> None:
+    """
+    Close it without waiting for what is still unsent. Never raises.
+
+    ``close`` begins with a flush, which raises when something is unsent and leaves the sender thread at work, so that
+    one is stopped first. What was not committed is aborted by the broker.
+    """
+    with contextlib.suppress(Exception):
+        producer._sender.force_close()  # noqa: SLF001, because close() does not get there
+    with contextlib.suppress(Exception):
+        producer.close(timeout=0)
+
+
+def _open(kind: Callable[..., Any], settings: Mapping[str, Any]) -> Any:  # noqa: ANN401, because see above
+    quieten()
+    with explained("connecting"):
+        try:
+            return kind(**settings)
+        except kafka_errors.KafkaTimeoutError as error:
+            # The preflight says why; this is for a broker that went away since.
+            raise Unavailable(f"none of {', '.join(settings['bootstrap_servers'])} answers") from error
