@@ -18,6 +18,7 @@ Axes: N rows of a block, B series in it, M fresh records of the step, F features
 """
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -30,7 +31,7 @@ from streamlstm.engine.report import EXPERTS, Forecasts, Outcome, StepReport, Up
 from streamlstm.engine.schedule import Fire, Join, UpdateQueue
 from streamlstm.engine.state import EngineState
 from streamlstm.learning.cells import Cell, head
-from streamlstm.learning.model import Shape
+from streamlstm.learning.model import Parameters, Shape
 from streamlstm.learning.tbptt import Learner, Settings, Windows
 from streamlstm.records.batch import I64, RecordBatch, Rejected, SeriesId
 from streamlstm.series import scaling, scoring
@@ -149,14 +150,19 @@ class Engine:
         zeroed, start, pending = 0, 0, 0
         while start < len(work):
             stop = fires[pending].position + 1 if pending < len(fires) else len(work)
+            arrived: list[_Queued] = []
+            parameters = self._learner.parameters()
             for rows in _side_by_side(admitted, start, stop, self._k1):
-                zeroed += self._advance(work, rows)
+                zeroed += self._advance(work, parameters, rows)
+                arrived += self._freeze(work, rows)
+            waiting = _in_order(arrived)
             while pending < len(fires) and fires[pending].position == stop - 1:
                 # Rule B fires before the record's own window joins: windows join as far as the fire counts.
-                self._enqueue(work, fires[pending].windows - sum(len(part) for part in self._queued))
-                updates.append(self._learn(work, fires[pending]))
+                joining = fires[pending].windows - sum(len(part) for part in self._queued)
+                updates.append(self._learn(work, fires[pending], [*self._queued, *_first(waiting, joining)]))
+                waiting, self._queued = _rest(waiting, joining), []
                 pending += 1
-            self._enqueue(work, int(np.searchsorted(joins, stop)) - work.joined)
+            self._queued += waiting
             start = stop
         self._fresh += len(work)
         self.step_number += 1
@@ -164,7 +170,7 @@ class Engine:
 
     def state(self) -> EngineState:
         """A snapshot: immutable, and free until the next step writes to what it shares with it."""
-        queued = _joined(self._queued)
+        queued = _joined(self._queued) if self._queued else None
         training = self._learner.training()
         if queued is not None:
             training |= {f"queue.{name}": tensor for name, tensor in queued.windows._asdict().items()}
@@ -183,8 +189,8 @@ class Engine:
                     "joined": list(self._queue.joined),
                     "wanted": self._queue.wanted,
                     "quiet": self._queue.quiet,
-                    "usable": queued.usable if queued else [],
-                    "newest_ns": queued.newest_ns if queued else [],
+                    "usable": queued.usable.tolist() if queued is not None else [],
+                    "newest_ns": queued.newest_ns.tolist() if queued is not None else [],
                 },
             },
         )
@@ -200,7 +206,10 @@ class Engine:
         self._queue.wanted, self._queue.quiet = queue["wanted"], queue["quiet"]
         if self._queue.slots:
             tensors = {name: state.training[f"queue.{name}"].to(self._device) for name in Windows._fields}
-            self._queued = [_Queued(Windows(**tensors), list(queue["usable"]), list(queue["newest_ns"]))]
+            usable = np.array(queue["usable"], np.bool_)
+            position = np.zeros(len(usable), np.int64)
+            newest_ns = np.array(queue["newest_ns"], np.int64)
+            self._queued = [_Queued(Windows(**tensors), position, usable, newest_ns)]
         self._fresh = meta["fresh"]
         self.step_number = state.step
 
@@ -234,7 +243,7 @@ class Engine:
         note(len(slot_M))
         return fires
 
-    def _advance(self, work: "_Work", rows: _Rows) -> int:
+    def _advance(self, work: "_Work", parameters: Parameters, rows: _Rows) -> int:
         """
         Settle and forecast N rows; the number of carries that had to be zeroed.
 
@@ -257,8 +266,8 @@ class Engine:
         x_NF = self._inputs(by_row, scaled, y_N, clock_N, work.minute_M[fresh_N])
 
         h_BH, c_BH = table.gather("carry_h", by_series), table.gather("carry_c", by_series)
-        h_NH, c_NH, zeroed_N = self._cell.run(self._learner.parameters, x_NF, h_BH, c_BH, rows.waves)
-        output_NK = head(self._learner.parameters, h_NH)
+        h_NH, c_NH, zeroed_N = self._cell.run(parameters, x_NF, h_BH, c_BH, rows.waves)
+        output_NK = head(parameters, h_NH)
         self._save_carries(by_series, rows, admitted.age_M[rows.fresh_N], h_NH, c_NH, zeroed_N)
 
         offset_N = work.offset_M[fresh_N]
@@ -387,18 +396,21 @@ class Engine:
     def _saved_place(self, age: I64) -> Tensor:
         return torch.from_numpy((age + self._k2) // self._k1 % self._saved_ring)
 
-    def _enqueue(self, work: "_Work", count: int) -> None:
-        """Freeze the next ``count`` joining windows, with the targets that have arrived by now."""
-        if count <= 0:
-            return
+    def _freeze(self, work: "_Work", rows: _Rows) -> list["_Queued"]:
+        """
+        The windows that join at these rows, with the targets that have arrived by now; in the order of the log.
+
+        At once, and not when the block ends: a series that restarts in the same block starts its ring anew.
+        """
         table, admitted = self._table, work.admitted
-        joining = work.joins[work.joined : work.joined + count]
-        work.joined += count
+        joining = np.sort(rows.fresh_N[work.joins_M[rows.fresh_N]])
+        if not len(joining):
+            return []
         age = admitted.age_M[joining]
         selection = table.select(admitted.slot_M[joining])
         span = torch.from_numpy((age[:, None] + np.arange(1 - self._k2, 1)) % self._window_ring).to(self._device)
         saved_place = self._saved_place(age - self._k2)
-        usable = (table.gather_at("saved_age", selection, saved_place).numpy() == age - self._k2).tolist()
+        usable = table.gather_at("saved_age", selection, saved_place).numpy() == age - self._k2
         on_device = saved_place.to(self._device)
         windows = Windows(
             *(
@@ -408,14 +420,11 @@ class Engine:
             h_BH=table.gather_at("saved_h", selection, on_device),
             c_BH=table.gather_at("saved_c", selection, on_device),
         )
-        newest_ns = work.batch.time_ns[admitted.record_M[joining]].tolist()
-        self._queued.append(_Queued(windows, usable, newest_ns))
+        return [_Queued(windows, joining, usable, work.batch.time_ns[admitted.record_M[joining]])]
 
-    def _learn(self, work: "_Work", fire: Fire) -> Update:
+    def _learn(self, work: "_Work", fire: Fire, parts: list["_Queued"]) -> Update:
         """One update from everything that is queued, without the windows that lost their carry."""
-        queued = _joined(self._queued)
-        self._queued = []
-        assert queued is not None
+        queued = _joined(parts)
         assert len(queued) == fire.windows
         used = np.flatnonzero(queued.usable)
         windows = queued.windows
@@ -424,7 +433,7 @@ class Engine:
             windows = Windows(*(tensor[chosen] for tensor in windows)) if len(used) else None
         outcome = self._learner.update(windows)
         now_ns = int(work.batch.time_ns[work.admitted.record_M[fire.position]])
-        newest_ns = max((queued.newest_ns[i] for i in used), default=now_ns)
+        newest_ns = int(queued.newest_ns[used].max(initial=np.iinfo(np.int64).min)) if len(used) else now_ns
         return Update(
             number=self._learner.number,
             rule=fire.rule,
@@ -500,32 +509,70 @@ class _Work:
         self.error_MXK = torch.empty((count, len(EXPERTS), horizons), dtype=torch.float64, device=device)
         self.issued_MK = torch.empty((count, horizons), dtype=torch.int64, device=device)
         self.update_M = np.empty(count, np.int64)
-        self.joins = joins
-        self.joined = 0
+        self.joins_M = np.zeros(count, np.bool_)
+        self.joins_M[joins] = True
 
     def __len__(self) -> int:
         return len(self.admitted.record_M)
 
 
-class _Queued(NamedTuple):
-    """Frozen windows in the order they joined; ``usable`` is false where a window's first carry was lost."""
+@dataclass(frozen=True, slots=True)
+class _Queued:
+    """
+    Frozen windows in the order they joined.
+
+    ``position`` is the fresh record of the step they joined at (meaningless after the step), ``usable`` is false where
+    a window's first carry was lost, ``newest_ns`` is the time of its last record.
+    """
 
     windows: Windows
-    usable: list[bool]
-    newest_ns: list[int]
+    position: NDArray[np.int64]
+    usable: NDArray[np.bool_]
+    newest_ns: I64
 
     def __len__(self) -> int:
         return len(self.usable)
 
+    def take(self, chosen: NDArray[np.int64]) -> "_Queued":
+        """These windows, in this order."""
+        index = torch.from_numpy(chosen).to(self.windows.h_BH.device)
+        windows = Windows(*(tensor[index] for tensor in self.windows))
+        return _Queued(windows, self.position[chosen], self.usable[chosen], self.newest_ns[chosen])
 
-def _joined(queued: list[_Queued]) -> _Queued | None:
-    if len(queued) <= 1:
-        return queued[0] if queued else None
+
+def _joined(parts: list[_Queued]) -> _Queued:
+    """Several as one."""
+    if len(parts) == 1:
+        return parts[0]
     return _Queued(
-        Windows(*(torch.cat(column) for column in zip(*(part.windows for part in queued), strict=True))),
-        [usable for part in queued for usable in part.usable],
-        [newest for part in queued for newest in part.newest_ns],
+        Windows(*(torch.cat(column) for column in zip(*(part.windows for part in parts), strict=True))),
+        np.concatenate([part.position for part in parts]),
+        np.concatenate([part.usable for part in parts]),
+        np.concatenate([part.newest_ns for part in parts]),
     )
+
+
+def _in_order(arrived: list[_Queued]) -> list[_Queued]:
+    """What joined in the parts of a block, in the order of the log."""
+    if len(arrived) <= 1:
+        return arrived
+    queued = _joined(arrived)
+    return [queued.take(np.argsort(queued.position))]
+
+
+def _first(waiting: list[_Queued], count: int) -> list[_Queued]:
+    """The oldest ``count`` windows."""
+    if not count or count == sum(len(part) for part in waiting):
+        return waiting if count else []
+    return [_joined(waiting).take(np.arange(count))]
+
+
+def _rest(waiting: list[_Queued], count: int) -> list[_Queued]:
+    """All but the oldest ``count`` windows."""
+    total = sum(len(part) for part in waiting)
+    if not count or count == total:
+        return [] if count else waiting
+    return [_joined(waiting).take(np.arange(count, total))]
 
 
 def _side_by_side(admitted: Admitted, start: int, stop: int, span: int) -> Iterator[_Rows]:

@@ -33,19 +33,21 @@ class Cell:
     """
     Advances carries by given inputs. Holds buffers only; it has no state that outlives a call.
 
-    zₜ = [xₜ, hₜ₋₁] W + b, (i, f, o) = σ(z), g = tanh(z), cₜ = f·cₜ₋₁ + i·g, hₜ = o·tanh(cₜ). Both tanh are computed as
-    2σ(2·)−1, which is several times faster and as exact as the rest in float32.
+    zₜ = [xₜ, hₜ₋₁] W + b, (i, f, o) = σ(z), g = tanh(z) = 2σ(2z) − 1, cₜ = f·cₜ₋₁ + i·g, hₜ = o·tanh(cₜ). Parameters come
+    with the candidate doubled (:func:`streamlstm.learning.model.doubled_candidate`).
     """
 
     def __init__(self, features: int, hidden: int, device: torch.device) -> None:
-        self._features, self._hidden = features, hidden
+        self._hidden = hidden
         self._rows = tile_rows(device)
 
         def buffer(width: int) -> Tensor:
             return torch.zeros((self._rows, width), device=device)
 
         self._joined, self._gates = buffer(features + hidden), buffer(4 * hidden)
-        self._c, self._g, self._tanh = buffer(hidden), buffer(hidden), buffer(hidden)
+        self._x, self._h = self._joined.split([features, hidden], 1)
+        self._i, self._keep, self._s, self._o = self._gates.split(hidden, 1)
+        self._c, self._g = buffer(hidden), buffer(hidden)
 
     @torch.no_grad()
     def run(
@@ -84,38 +86,34 @@ class Cell:
                 if rows <= 0:
                     break
                 here = slice(starts[wave] + first, starts[wave] + first + rows)
-                self._joined[:rows, : self._features] = x_NF[here]
+                self._x[:rows] = x_NF[here]
                 self._advance(parameters)
                 if zeroed_N is not None:
                     zeroed_N[here] = self._mend()[:rows]
-                h_NH[here] = self._joined[:rows, self._features :]
+                h_NH[here] = self._h[:rows]
                 c_NH[here] = self._c[:rows]
         return h_NH, c_NH
 
     def _mend(self) -> NDArray[np.bool_]:
         """Zero the tile's carries that are not finite; which they were."""
-        h = self._joined[:, self._features :]
-        bad = ~(h.isfinite().all(1) & self._c.isfinite().all(1))
-        h[bad] = 0
+        bad = ~(self._h.isfinite().all(1) & self._c.isfinite().all(1))
+        self._h[bad] = 0
         self._c[bad] = 0
         return bad.cpu().numpy()
 
     def _load(self, h_BH: Tensor, c_BH: Tensor) -> None:
         self._joined.zero_()
         self._c.zero_()
-        self._joined[: len(h_BH), self._features :] = h_BH
+        self._h[: len(h_BH)] = h_BH
         self._c[: len(c_BH)] = c_BH
 
     def _advance(self, parameters: Parameters) -> None:
         """One step of the whole tile, in place."""
-        hidden, z, c, g, tanh_c = self._hidden, self._gates, self._c, self._g, self._tanh
-        torch.addmm(parameters.gate_bias, self._joined, parameters.gates, out=z)
-        z[:, 3 * hidden :].mul_(2)
-        z.sigmoid_()
-        torch.mul(z[:, 3 * hidden :], 2, out=g).sub_(1).mul_(z[:, :hidden])
-        c.mul_(z[:, hidden : 2 * hidden]).add_(g)
-        torch.mul(c, 2, out=tanh_c).sigmoid_().mul_(2).sub_(1)
-        torch.mul(tanh_c, z[:, 2 * hidden : 3 * hidden], out=self._joined[:, self._features :])
+        torch.addmm(parameters.gate_bias, self._joined, parameters.gates, out=self._gates).sigmoid_()
+        torch.sub(self._s, 0.5, out=self._g)
+        self._c.mul_(self._keep).addcmul_(self._i, self._g, value=2)
+        torch.tanh(self._c, out=self._g)
+        torch.mul(self._o, self._g, out=self._h)
 
 
 @torch.no_grad()

@@ -32,8 +32,8 @@ class Parameters(NamedTuple):
     """
     Views into one flat buffer.
 
-    ``gates [F + H, 4H]`` maps input and hidden state to the pre-activations of the input, forget, output and
-    candidate gates, in this order; ``gate_bias [4H]``; ``head [H, K]`` and ``head_bias [K]``.
+    ``gates [F + H, 4H]`` maps input and hidden state to the pre-activations of the input and forget gates,
+    the candidate and the output gate, in this order; ``gate_bias [4H]``; ``head [H, K]`` and ``head_bias [K]``.
     """
 
     gates: Tensor
@@ -65,3 +65,16 @@ def initial(shape: Shape, seed: int) -> Tensor:
     parameters.head.zero_()
     parameters.head_bias.zero_()
     return flat
+
+
+def doubled_candidate(parameters: Parameters) -> Parameters:
+    """
+    A copy whose candidate's pre-activation is twice as large.
+
+    tanh(z) = 2σ(2z) − 1: so one sigmoid over all four gates is enough.
+    """
+    hidden = len(parameters.head)
+    gates, gate_bias = parameters.gates.clone(), parameters.gate_bias.clone()
+    gates[:, 2 * hidden : 3 * hidden].mul_(2)
+    gate_bias[2 * hidden : 3 * hidden].mul_(2)
+    return Parameters(gates, gate_bias, parameters.head, parameters.head_bias)

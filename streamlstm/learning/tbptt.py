@@ -15,7 +15,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from streamlstm.learning.model import Parameters, Shape, initial, view
+from streamlstm.learning.model import Parameters, Shape, doubled_candidate, initial, view
 
 Loss = Literal["huber", "mse", "mae"]
 
@@ -82,36 +82,32 @@ def gradient(flat: Tensor, shape: Shape, windows: Windows, loss: Loss) -> Gradie
     """
     w = view(flat, shape)
     f, hidden, horizons = shape
+    fast = doubled_candidate(w)
     x_TBF = windows.x_BTF.transpose(0, 1)
     steps, batch = x_TBF.shape[0], x_TBF.shape[1]
-    device = flat.device
 
-    def buffer(*size: int) -> Tensor:
-        return torch.empty(size, device=device)
-
-    joined = buffer(steps, batch, f + hidden)
-    joined[:, :, :f] = x_TBF
-    joined[0, :, f:] = windows.h_BH
-    gates, cells = buffer(steps, batch, 4 * hidden), buffer(steps + 1, batch, hidden)
-    squashed, h_TBH = buffer(steps, batch, hidden), buffer(steps, batch, hidden)
-    cells[0] = windows.c_BH
-    scratch = buffer(batch, hidden)
+    # Forward. Views are made once for all steps: making one costs as much as a small operation.
+    gates = torch.matmul(x_TBF, fast.gates[:f]).add_(fast.gate_bias)
+    z_T = gates.unbind(0)
+    i_TBH, keep_TBH, candidate_TBH, o_TBH = gates.split(hidden, 2)
+    i_T, keep_T, s_T, o_T = i_TBH.unbind(0), keep_TBH.unbind(0), candidate_TBH.unbind(0), o_TBH.unbind(0)
+    h_TBH = torch.empty((steps + 1, batch, hidden), device=flat.device)
+    c_TBH, tanh_TBH = torch.empty_like(h_TBH), torch.empty_like(h_TBH)
+    h_TBH[0], c_TBH[0] = windows.h_BH, windows.c_BH
+    h_T, c_T, tanh_T = h_TBH.unbind(0), c_TBH.unbind(0), tanh_TBH.unbind(0)
+    recurrent, scratch = fast.gates[f:], torch.empty_like(c_T[0])
     for t in range(steps):
-        z = gates[t]
-        torch.addmm(w.gate_bias, joined[t], w.gates, out=z)
-        z[:, 3 * hidden :].mul_(2)
-        z.sigmoid_()
-        i, keep, o, s = z.split(hidden, 1)
-        torch.mul(s, 2, out=scratch).sub_(1).mul_(i)
-        torch.mul(cells[t], keep, out=cells[t + 1]).add_(scratch)
-        torch.mul(cells[t + 1], 2, out=squashed[t]).sigmoid_().mul_(2).sub_(1)
-        torch.mul(squashed[t], o, out=h_TBH[t])
-        if t + 1 < steps:
-            joined[t + 1, :, f:] = h_TBH[t]
+        z_T[t].addmm_(h_T[t], recurrent).sigmoid_()
+        # c = f·c + i·g with g = 2s − 1
+        torch.sub(s_T[t], 0.5, out=scratch)
+        torch.mul(c_T[t], keep_T[t], out=c_T[t + 1]).addcmul_(i_T[t], scratch, value=2)
+        torch.tanh(c_T[t + 1], out=tanh_T[t + 1])
+        torch.mul(o_T[t], tanh_T[t + 1], out=h_T[t + 1])
 
-    output_TBK = torch.addmm(w.head_bias, h_TBH.view(-1, hidden), w.head).view(steps, batch, horizons)
-    target_TBK = targets(windows, horizons).transpose(0, 1)
-    error_TBK = output_TBK - target_TBK
+    # Head and loss.
+    h_rows = h_TBH[1:].reshape(-1, hidden)
+    output_TBK = torch.addmm(w.head_bias, h_rows, w.head).view(steps, batch, horizons)
+    error_TBK = output_TBK - targets(windows, horizons).transpose(0, 1)
     here_TBK = ~error_TBK.isnan()
     count = here_TBK.sum().clamp(min=1)
     value_TBK, slope_TBK = _loss_and_slope(error_TBK, loss)
@@ -120,33 +116,36 @@ def gradient(flat: Tensor, shape: Shape, windows: Windows, loss: Loss) -> Gradie
 
     out = torch.zeros_like(flat)
     d = view(out, shape)
-    torch.mm(h_TBH.view(-1, hidden).t(), d_output, out=d.head)
+    torch.mm(h_rows.t(), d_output, out=d.head)
     torch.sum(d_output, 0, out=d.head_bias)
-    d_h_TBH = torch.mm(d_output, w.head.t()).view(steps, batch, hidden)
-    # σ' = σ(1 − σ); the candidate's tanh(z) = 2σ(2z) − 1 has 4σ(1 − σ), and its 4 is taken into d_s below.
-    slopes = (1 - gates).mul_(gates)
-    d_gates = buffer(steps, batch, 4 * hidden)
-    recurrent = w.gates[f:].t()
-    d_c = torch.zeros(batch, hidden, device=device)
+
+    # Backward: all factors that do not depend on the error first, in bulk. σ' = σ(1 − σ); g = 2σ(2z) − 1 has 4σ(1 − σ).
+    slopes = (1 - gates).mul_(gates).view(steps, batch, 4, hidden)
+    slopes[:, :, 0].mul_(2 * candidate_TBH - 1)
+    slopes[:, :, 1].mul_(c_TBH[:-1])
+    slopes[:, :, 2].mul_(4 * i_TBH)
+    slopes[:, :, 3].mul_(tanh_TBH[1:])
+    into_c_T = ((1 - tanh_TBH[1:].square()).mul_(o_TBH)).unbind(0)
+    d_h_T = torch.mm(d_output, w.head.t()).view(steps, batch, hidden).unbind(0)
+    d_z = torch.empty_like(gates)
+    d_z_T = d_z.unbind(0)
+    by_c, by_h = d_z.view(steps, batch, 4, hidden).split([3, 1], 2)
+    by_c_T, by_h_T = by_c.unbind(0), by_h.squeeze(2).unbind(0)
+    slopes_c_T, slopes_h_T = slopes[:, :, :3].unbind(0), slopes[:, :, 3].unbind(0)
+    back = w.gates[f:].t()
+    d_c = torch.zeros_like(c_T[0])
+    d_c_B1H = d_c.unsqueeze(1)
     for t in range(steps - 1, -1, -1):
-        d_h = d_h_TBH[t]
         if t + 1 < steps:
-            d_h.addmm_(d_gates[t + 1], recurrent)
-        i, keep, o, s = gates[t].split(hidden, 1)
-        tanh_c, dz = squashed[t], d_gates[t]
-        d_i, d_keep, d_o, d_s = dz.split(hidden, 1)
-        torch.mul(d_h, tanh_c, out=d_o)
-        torch.mul(tanh_c, tanh_c, out=scratch).neg_().add_(1).mul_(o).mul_(d_h)
-        d_c.add_(scratch)
-        torch.mul(s, 2, out=scratch).sub_(1)
-        torch.mul(d_c, scratch, out=d_i)
-        torch.mul(d_c, cells[t], out=d_keep)
-        torch.mul(d_c, i, out=d_s).mul_(4)
-        d_c.mul_(keep)
-        dz.mul_(slopes[t])
-    d_rows = d_gates.view(-1, 4 * hidden)
-    torch.mm(joined.view(-1, f + hidden).t(), d_rows, out=d.gates)
-    torch.sum(d_rows, 0, out=d.gate_bias)
+            d_h_T[t].addmm_(d_z_T[t + 1], back)
+        d_c.addcmul_(d_h_T[t], into_c_T[t])
+        torch.mul(slopes_c_T[t], d_c_B1H, out=by_c_T[t])
+        torch.mul(slopes_h_T[t], d_h_T[t], out=by_h_T[t])
+        d_c.mul_(keep_T[t])
+    rows = d_z.view(-1, 4 * hidden)
+    torch.mm(x_TBF.reshape(-1, f).t(), rows, out=d.gates[:f])
+    torch.mm(h_TBH[:-1].reshape(-1, hidden).t(), rows, out=d.gates[f:])
+    torch.sum(rows, 0, out=d.gate_bias)
     return Gradient(total, out)
 
 
@@ -200,10 +199,9 @@ class Learner:
         self._skipped_in_row = 0
         self._kept = (self._flat.clone(), self._first.clone(), self._second.clone(), 0)
 
-    @property
     def parameters(self) -> Parameters:
-        """The current weights."""
-        return view(self._flat, self.shape)
+        """The current weights, as the forecast path takes them: with the candidate doubled."""
+        return doubled_candidate(view(self._flat, self.shape))
 
     def update(self, windows: Windows | None) -> Outcome:
         """
