@@ -1,0 +1,92 @@
+"""
+Logs: structlog to stderr, for a person on a terminal, as JSON lines for a machine.
+
+What other libraries log (kafka) goes the same way. A line is one event: control characters in values are escaped, so
+that no key or error text from outside can forge a line or colour a terminal. Tracebacks never show local variables,
+which may hold payload or secrets.
+"""
+
+import logging
+import os
+import sys
+from collections.abc import MutableMapping
+from typing import Any, Literal, TextIO
+
+import structlog
+from structlog.typing import Processor
+
+_CONTROL = {c: f"\\x{c:02x}" for c in (*range(0x20), *range(0x7F, 0xA0))} | {
+    0x0A: "\\n",
+    0x0D: "\\r",
+    0x09: "\\t",
+    0x2028: "\\u2028",
+    0x2029: "\\u2029",
+}
+
+
+def configure_logging(
+    level: Literal["debug", "info", "warning", "error"],
+    format: Literal["auto", "console", "json"] = "auto",  # noqa: A002, because it is named after its key in the config
+    stream: TextIO | None = None,
+) -> None:
+    """
+    Send everything to ``stream`` (stderr), from this level on.
+
+    ``auto`` is ``console`` on a terminal. ``NO_COLOR`` is obeyed. The Kafka client is noisy: its records below
+    ``warning`` are kept for ``debug``.
+    """
+    out: TextIO = sys.stderr if stream is None else stream
+    console = format == "console" or (format == "auto" and out.isatty())
+    shared: list[Processor] = [
+        structlog.contextvars.merge_contextvars,
+        structlog.stdlib.add_log_level,
+        structlog.stdlib.ExtraAdder(),
+        structlog.processors.TimeStamper(fmt="iso", utc=True),
+        structlog.processors.UnicodeDecoder(),
+    ]
+    final: list[Processor] = [structlog.stdlib.ProcessorFormatter.remove_processors_meta]
+    if console:
+        colours = out.isatty() and not os.environ.get("NO_COLOR")
+        final += [
+            _escape,
+            structlog.dev.ConsoleRenderer(colors=colours, exception_formatter=structlog.dev.plain_traceback),
+        ]
+    else:
+        final += [
+            structlog.processors.format_exc_info,
+            structlog.processors.JSONRenderer(sort_keys=True),
+        ]
+    handler = logging.StreamHandler(out)
+    handler.setFormatter(
+        structlog.stdlib.ProcessorFormatter(
+            foreign_pre_chain=[*shared, structlog.stdlib.add_logger_name], processors=final
+        )
+    )
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel(level.upper())
+    logging.getLogger("kafka").setLevel(logging.DEBUG if level == "debug" else logging.WARNING)
+    structlog.configure(
+        processors=[
+            structlog.stdlib.filter_by_level,
+            structlog.stdlib.add_logger_name,
+            *shared,
+            structlog.stdlib.ProcessorFormatter.wrap_for_formatter,
+        ],
+        logger_factory=structlog.stdlib.LoggerFactory(),
+        wrapper_class=structlog.stdlib.BoundLogger,
+        cache_logger_on_first_use=False,
+    )
+
+
+def _escape(_logger: object, _method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+    """Control characters of every text value, visible. Tracebacks keep their lines."""
+    return {
+        name: value if name in ("exc_info", "exception", "stack") else _visible(value) for name, value in event.items()
+    }
+
+
+def _visible(value: object) -> object:
+    if isinstance(value, str):
+        return value.translate(_CONTROL)
+    return value if value is None or isinstance(value, bool | int | float) else repr(value).translate(_CONTROL)

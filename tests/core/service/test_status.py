@@ -1,0 +1,94 @@
+import json
+
+import msgspec
+import pytest
+from reports import SECOND_NS, START_NS, make_report, make_update
+
+from streamlstm.service.observer import Checkpointed, Committed, Resumed, StepTimings
+from streamlstm.service.scores import WindowedScores
+from streamlstm.service.status import About, Status
+from streamlstm.transport.interfaces import Position
+
+
+class Clocks:
+    now_s = START_NS / SECOND_NS + 50
+    monotonic_s = 1000.0
+
+
+@pytest.fixture
+def clocks() -> Clocks:
+    return Clocks()
+
+
+@pytest.fixture
+def status(clocks: Clocks) -> Status:
+    return Status(
+        About("forecasts", "0.1.0", "abcd", "cpu"),
+        WindowedScores(2, 10, seasonal=False),
+        stall_after_s=120,
+        clock_s=lambda: clocks.now_s,
+        monotonic_s=lambda: clocks.monotonic_s,
+    )
+
+
+def commit(status: Status, records: int = 4) -> None:
+    report = make_report(records=records, horizons=2, updates=[make_update(5)], step=3)
+    status.observe_step(report, StepTimings(0, 0, 0), {})
+    status.observe_commit(Committed([report], records, 0, 0, 0.0, 0.0, [Position("in", 0, records)]))
+
+
+def test_it_is_healthy_while_the_loop_turns(status: Status, clocks: Clocks) -> None:
+    clocks.monotonic_s += 120
+    assert status.healthy(), "the first turn may take that long"
+    clocks.monotonic_s += 1
+    assert not status.healthy()
+    status.observe_turn(clocks.monotonic_s)
+    assert status.healthy()
+
+
+def test_it_is_ready_only_while_running(status: Status) -> None:
+    assert status.unready() == "starting"
+    status.observe_phase("replaying")
+    assert status.unready() == "replaying"
+    status.observe_phase("running")
+    assert status.unready() is None
+    status.observe_phase("stopping")
+    assert status.unready() == "stopping"
+
+
+def test_it_is_not_ready_beyond_the_lag_it_is_asked_for(status: Status) -> None:
+    status.observe_phase("running")
+    assert status.unready(60) == "lag not known yet"
+    status.observe_lag({("in", 0): 10})
+    assert status.unready(60) == "inf s behind"
+    commit(status)
+    assert status.unready(60) is None
+    assert status.unready(46) == "47 s behind"
+    status.observe_lag({("in", 0): 0})
+    assert status.unready(0) is None
+
+
+def test_the_snapshot_is_json_and_holds_the_facts(status: Status) -> None:
+    status.observe_resume(Resumed("checkpoint", 2, 1, False, 0, {}, 1, 0.0))
+    status.observe_lag({("in", 0): 6, ("in", 1): 3})
+    commit(status)
+    status.observe_checkpoint(Checkpointed("failed", 3, 0, 0, 0, 0, 9.0, [], "disk full"))
+    said = json.loads(msgspec.json.encode(status.snapshot()))
+    assert (said["step"], said["update"], said["device"], said["config"]) == (3, 5, "cpu", "abcd")
+    assert said["records"]["forecast"] == 4
+    assert said["positions"] == [
+        {"topic": "in", "partition": 0, "next_offset": 4, "lag_records": 6, "lag_s": 47.0},
+        {"topic": "in", "partition": 1, "next_offset": None, "lag_records": 3, "lag_s": None},
+    ]
+    assert said["checkpoint"]["error"] == "disk full"
+    assert said["resumed"]["source"] == "checkpoint"
+    assert said["accuracy"][0] == {
+        "horizon": "1", "samples": 0, "mae": None, "rmse": None, "mase": None, "skill": None,
+    }  # fmt: skip
+
+
+def test_a_fresh_process_has_a_snapshot_too(status: Status) -> None:
+    said = json.loads(msgspec.json.encode(status.snapshot()))
+    assert said["phase"] == "starting"
+    assert said["checkpoint"] is None
+    assert said["positions"] == []
