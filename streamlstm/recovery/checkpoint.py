@@ -106,12 +106,11 @@ class Generation:
 
 @dataclass(frozen=True, slots=True)
 class Written:
-    """A generation made durable, and how long that took. ``leftover`` says which old ones could not be removed."""
+    """A generation made durable, and how long that took."""
 
     generation: Generation
     write_s: float
     fsync_s: float
-    leftover: str = ""
 
 
 class Loaded(NamedTuple):
@@ -284,6 +283,23 @@ class CheckpointStore:
         except OSError as error:
             return f"an old checkpoint could not be removed: {error}"
         return ""
+
+    def oldest_link(self) -> Link | None:
+        """
+        The progress record that the oldest generation stands on: the chain is needed from there.
+
+        ``None`` when it precedes the chain, or cannot be read: then all of the chain is to be kept.
+        """
+        steps = self.steps()
+        if not steps:
+            return None
+        try:
+            path = self._path(steps[0])
+            entry = _read_manifest(path)["files"][_META]
+            meta = json.loads(_checked(path / _META, _Listed(entry["bytes"], entry["sha256"])))
+        except (CheckpointError, OSError, KeyError):
+            return None
+        return _provenance_of(meta, {}).progress
 
     def _path(self, step: int) -> Path:
         return self.directory / f"{step:020d}"

@@ -1,0 +1,103 @@
+"""Checkpoints beside the loop: a snapshot goes in, and some turns later its outcome comes out."""
+
+import errno
+import queue
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from streamlstm.engine.state import EngineState
+from streamlstm.errors import CheckpointNotWritten
+from streamlstm.recovery.checkpoint import CheckpointStore, Provenance, Written
+from streamlstm.recovery.progress import Link
+
+# A disk that is full, read-only or away may come back; any other error says that it loses data.
+_MAY_PASS = {
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
+    errno.ENOENT,
+    errno.ENOTDIR,
+    errno.EMFILE,
+    errno.ENFILE,
+    errno.ENOMEM,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """A generation is durable, and older ones were pruned. The chain is needed from ``oldest`` on (``None``: all)."""
+
+    written: Written
+    oldest: Link | None
+    leftover: str
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """An attempt that came to nothing. ``may_pass``: the next one may succeed; otherwise the disk loses data."""
+
+    step: int
+    error: CheckpointNotWritten
+    may_pass: bool
+
+
+Outcome = Kept | Failed
+
+
+def in_a_thread(work: Callable[[], None]) -> None:
+    """Do it beside the caller. A process that must end does not wait for a disk that hangs."""
+    threading.Thread(target=work, name="checkpoint", daemon=True).start()
+
+
+class BackgroundWriter:
+    """
+    Writes one snapshot at a time, in a thread of its own; at most one is in flight.
+
+    The snapshot is immutable, so the loop goes on meanwhile. A kill at any point leaves the older generations.
+    """
+
+    def __init__(
+        self, store: CheckpointStore, keep: int, start: Callable[[Callable[[], None]], None] = in_a_thread
+    ) -> None:
+        self._store, self._keep, self._start = store, keep, start
+        self._done: queue.SimpleQueue[Outcome | BaseException] = queue.SimpleQueue()
+        self._busy = False
+
+    @property
+    def busy(self) -> bool:
+        """Whether an outcome is still to be fetched."""
+        return self._busy
+
+    def submit(self, state: EngineState, provenance: Provenance) -> None:
+        """Begin. The outcome of the one before must have been fetched."""
+        assert not self._busy
+        self._busy = True
+        self._start(lambda: self._work(state, provenance))
+
+    def poll(self, timeout_s: float = 0.0) -> Outcome | None:
+        """The outcome, if it is there within ``timeout_s``. An unexpected error is raised here."""
+        if not self._busy:
+            return None
+        try:
+            outcome = self._done.get(block=timeout_s > 0, timeout=timeout_s or None)
+        except queue.Empty:
+            return None
+        self._busy = False
+        if isinstance(outcome, BaseException):
+            raise outcome
+        return outcome
+
+    def _work(self, state: EngineState, provenance: Provenance) -> None:
+        try:
+            written = self._store.write(state, provenance)
+            leftover = self._store.prune(self._keep)
+            self._done.put(Kept(written, self._store.oldest_link(), leftover))
+        except CheckpointNotWritten as error:
+            cause = error.__cause__
+            may_pass = isinstance(cause, OSError) and cause.errno in _MAY_PASS
+            self._done.put(Failed(state.step, error, may_pass))
+        except BaseException as error:  # noqa: BLE001, because the loop must hear of it, whatever it is
+            self._done.put(error)
