@@ -34,8 +34,11 @@ def validate(loaded: "Loaded") -> None:
     """Check a configuration: all that is wrong at once."""
     # Imported here, as are all modules that a help text does not need.
     from streamlstm.config.keys import config_hash  # noqa: PLC0415, because of the line above
+    from streamlstm.records.mapping import compile_plan  # noqa: PLC0415, because of the line above
 
     made, file = loaded.config, loaded.file
+    if made.decode.format != "csv":  # a csv file's own header is what its paths are read against
+        compile_plan(made.decode)
     click.echo(f"{file}: OK")
     season = made.season or "none"
     facts = {

@@ -5,6 +5,7 @@ A help page costs no more than click: ``--help`` prints what stands in the table
 """
 
 import importlib
+import select
 import sys
 from collections.abc import Mapping
 from difflib import get_close_matches
@@ -27,6 +28,15 @@ class Group(click.Group):
             hint = f"did you mean '{near[0]}'?" if near else f"there is: {', '.join(known)}"
             ctx.fail(f"no such command '{name}': {hint}")
         return super().resolve_command(ctx, args)
+
+
+def _nobody_reads_our_output() -> bool:
+    try:
+        poll = select.poll()
+        poll.register(sys.stdout.fileno(), 0)
+    except (OSError, ValueError):  # it is no file
+        return False
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
 
 
 class Entry(NamedTuple):
@@ -82,9 +92,7 @@ class LazyGroup(Group):
         try:
             return super().invoke(ctx)
         except BrokenPipeError as error:
-            try:
-                sys.stdout.flush()
-            except BrokenPipeError:
-                raise error from None
+            if _nobody_reads_our_output():
+                raise
             # click would end quietly on any EPIPE, and a lost connection must not look like `| head`.
             raise RuntimeError("a connection broke, and nobody dealt with it") from error

@@ -31,7 +31,9 @@ def with_loaded(command: Callable[..., R]) -> Callable[..., R]:
     begins (:class:`~streamlstm.errors.ConfigError`, exit 78).
     """
 
-    @click.option("-c", "--config", "config_file", required=True, type=click.Path(path_type=Path), help="The YAML file.")
+    @click.option(
+        "-c", "--config", "config_file", required=True, type=click.Path(path_type=Path), help="The YAML file."
+    )
     @click.option("--set", "config_sets", multiple=True, metavar="KEY=VALUE", help="Override one key; repeatable.")
     @functools.wraps(command)
     def load_first(config_file: Path, config_sets: tuple[str, ...], **options: object) -> R:

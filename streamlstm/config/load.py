@@ -177,8 +177,11 @@ def _take_variable(given: _Given, name: str, text: str) -> None:
     origin = Origin(1, 0, f"environment {name}")
     path = tuple(name.removeprefix(ENV_PREFIX).lower().split("__"))
     if name != name.upper() or not _is_known(path):
-        near = get_close_matches(name.upper(), [key.env for key in KEYS.values()], n=1)
-        hint = f"did you mean {near[0]}?" if near else f"{ENV_PREFIX}SECTION__KEY sets section.key; unset it"
+        known = [key.env.removeprefix(ENV_PREFIX) for key in KEYS.values()]
+        near = get_close_matches(name.upper().removeprefix(ENV_PREFIX), known, n=1)
+        hint = (
+            f"did you mean {ENV_PREFIX}{near[0]}?" if near else f"{ENV_PREFIX}SECTION__KEY sets section.key; unset it"
+        )
         given.problems.append(Problem(origin, (), f"there is no such key; {hint}"))
         return
     _take_text(given, path, text, origin)

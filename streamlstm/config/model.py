@@ -139,7 +139,8 @@ def _listen(value: str) -> str:
 
 
 def _path(value: str) -> str:
-    if value.startswith(("$.", "@.", "$[", "@[")) and len(value) > 2:
+    """Only what a path begins with; decoding compiles the rest, and knows whether there are columns or depth."""
+    if value == "$" or (value.startswith(("$.", "@.", "$[", "@[")) and len(value) > 2):
         return value
     raise ValueError(f"write a path from the message's root: $.{value.lstrip('$@.[') or 'name'}")
 

@@ -6,13 +6,13 @@ number. Keys are text, a key may stand only once, and there are neither aliases 
 ``docs/adr/0001-configuration-files.md``.
 """
 
+import math
 import re
 from typing import Any, NamedTuple
 
 import yaml
 
 _NULL, _BOOL, _INT, _FLOAT = (f"tag:yaml.org,2002:{name}" for name in ("null", "bool", "int", "float"))
-_TEXT = "tag:yaml.org,2002:str"
 _RESOLVERS = (
     (_NULL, r"|~|null|Null|NULL", ["", "~", "n", "N"]),
     (_BOOL, r"true|True|TRUE|false|False|FALSE", list("tTfF")),
@@ -20,7 +20,7 @@ _RESOLVERS = (
     (_INT, r"[-+]?(0|[1-9][0-9]{0,17})", list("-+0123456789")),
     (
         _FLOAT,
-        r"[-+]?(?:(?:0|[1-9][0-9]*)?\.[0-9]+|(?:0|[1-9][0-9]*)\.?)(?:[eE][-+]?[0-9]+)?",
+        r"[-+]?(?:(?:(?:0|[1-9][0-9]*)?\.[0-9]+|(?:0|[1-9][0-9]*)\.)(?:[eE][-+]?[0-9]+)?|(?:0|[1-9][0-9]*)[eE][-+]?[0-9]+)",
         list("-+.0123456789"),
     ),
 )
@@ -44,8 +44,13 @@ class Document(NamedTuple):
     flaws: list[Flaw]
 
 
-class _Alias(yaml.MarkedYAMLError):
-    pass
+class _NotRead(yaml.YAMLError):
+    """Something of YAML that configuration files do without."""
+
+    def __init__(self, event: yaml.Event, fix: str) -> None:
+        super().__init__(fix)
+        self.fix = fix
+        self.line = event.start_mark.line + 1 if event.start_mark else 1
 
 
 class _Loader(yaml.SafeLoader):
@@ -54,11 +59,12 @@ class _Loader(yaml.SafeLoader):
     yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012, because yaml says so; it is filled below
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        if self.check_event(yaml.AliasEvent):
+        event = self.peek_event()
+        if isinstance(event, yaml.AliasEvent):
             # An alias may stand for itself, or for a billion of others.
-            raise _Alias(
-                problem="aliases (*name) are not read: write the value out", problem_mark=self.peek_event().start_mark
-            )
+            raise _NotRead(event, "aliases (*name) are not read: write the value out")
+        if getattr(event, "tag", None) is not None:
+            raise _NotRead(event, f"tags are not read: take {event.tag} out")
         return super().compose_node(parent, index)
 
 
@@ -84,6 +90,8 @@ def parse(text: str) -> Document:
     try:
         loader = _Loader(text)
         root = loader.get_single_node()
+    except _NotRead as error:
+        return Document(None, {}, [Flaw(error.line, (), error.fix)])
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         return Document(None, {}, [Flaw(mark.line + 1 if mark else 1, (), _explain(error))])
@@ -121,7 +129,7 @@ def _build(node: yaml.Node, path: KeyPath, document: Document) -> Any:  # noqa: 
             document.lines[*path, index] = item.start_mark.line + 1
             sequence.append(_build(item, (*path, index), document))
         return sequence
-    return _scalar(node, path, document)
+    return _scalar(node)
 
 
 def _mapping(node: yaml.MappingNode, path: KeyPath, document: Document) -> dict[str, Any]:
@@ -140,7 +148,7 @@ def _mapping(node: yaml.MappingNode, path: KeyPath, document: Document) -> dict[
     return mapping
 
 
-def _scalar(node: yaml.Node, path: KeyPath, document: Document) -> Any:  # noqa: ANN401, because it may be anything
+def _scalar(node: yaml.Node) -> Any:  # noqa: ANN401, because it may be anything
     text: str = node.value
     if node.tag == _NULL:
         value = None
@@ -148,13 +156,10 @@ def _scalar(node: yaml.Node, path: KeyPath, document: Document) -> Any:  # noqa:
         value = text.lower() == "true"
     elif node.tag == _INT:
         value = int(text)
-    elif node.tag == _FLOAT:
+    elif node.tag == _FLOAT and math.isfinite(float(text)):
         value = float(text)
     else:
         value = text
-        if node.tag != _TEXT:
-            fix = f"tags are not read: take {node.tag} out"
-            document.flaws.append(Flaw(node.start_mark.line + 1, path, fix))
     return value
 
 
@@ -164,8 +169,6 @@ def _explain(error: yaml.MarkedYAMLError) -> str:
         if match[1] == "\\t":
             return "indent with spaces, not tabs"
         return f"put text that begins with {match[1]} in quotes"
-    if isinstance(error, _Alias):
-        return problem
     if problem.startswith("but found another document"):
         return "write one document: a file with --- between several is not read"
     if problem.startswith("mapping values are not allowed"):
