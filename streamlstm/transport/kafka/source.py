@@ -1,0 +1,337 @@
+"""
+The source: every partition of the input topics, by positions that are ours, in turns.
+
+The client is asked for what it has and no more: it fetches in the background and remembers nothing we rely on. What
+it hands over waits here, by partition, because its own ``poll`` empties one partition before it looks at the next,
+and a cut must not: see :mod:`streamlstm.transport.kafka.turns`.
+
+Offsets are positions, not counts. Transaction markers, compaction and aborted transactions leave holes, so a range
+begins where the last one of its partition ended, and ends where the client's position is.
+"""
+
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any
+
+import numpy as np
+from kafka import errors as kafka_errors
+from kafka.structs import TopicPartition
+
+from streamlstm.config.model import Config
+from streamlstm.errors import LogGap, StreamlstmError, Temporary, TopicChanged
+from streamlstm.records.batch import Cut, Headers, Messages, Range
+from streamlstm.transport.deadline import Deadline
+from streamlstm.transport.interfaces import Position, TopicIds
+from streamlstm.transport.kafka.clients import admin, close_consumer, open_consumer
+from streamlstm.transport.kafka.explain import explain
+from streamlstm.transport.kafka.group import GroupOffsets
+from streamlstm.transport.kafka.topics import Topic, describe, missing
+from streamlstm.transport.kafka.turns import take_turns
+
+BUFFER_BYTES = 64 << 20
+"""What may wait in all buffers together, besides what the client holds (``fetch_max_bytes``, 16 MiB per broker)."""
+
+OFFSETS_TIMEOUT_S = 10.0
+_WAIT_S = 0.2
+
+
+@dataclass(slots=True)
+class _Partition:
+    """
+    What is known of one partition.
+
+    ``cut_end`` is where the last cut ended, ``read_end`` the client's position, ``None`` before the first seek;
+    ``records`` are those between them, oldest first, and ``size`` their bytes.
+    """
+
+    tp: TopicPartition
+    records: deque[Any] = field(default_factory=deque[Any])
+    size: int = 0
+    cut_end: int | None = None
+    read_end: int | None = None
+    paused: bool = False
+
+    def forget(self, position: int) -> None:
+        self.records.clear()
+        self.size = 0
+        self.cut_end = self.read_end = position
+
+    def add(self, records: Sequence[Any]) -> None:
+        self.records.extend(records)
+        self.size += sum(map(_size, records))
+
+    def take(self, count: int) -> list[Any]:
+        taken = [self.records.popleft() for _ in range(count)]
+        self.size -= sum(map(_size, taken))
+        return taken
+
+
+class KafkaSource:
+    """
+    A :class:`~streamlstm.transport.interfaces.LiveSource` over the topics of ``config.source``.
+
+    Not for several threads. Its calls raise :class:`~streamlstm.errors.LogGap` when a needed offset is no longer
+    retained, :class:`~streamlstm.errors.DataError` for a damaged or undecodable batch,
+    :class:`~streamlstm.errors.NotAuthorised` when we may not read, and :class:`~streamlstm.errors.Temporary` for what
+    a restart mends. A broker that is away is none of these: nothing comes, until it is back.
+    """
+
+    def __init__(self, config: Config, deadline: Deadline) -> None:
+        """Find the partitions. Raises :class:`~streamlstm.errors.ConfigError` for a topic that does not exist."""
+        self._config = config
+        self._deadline = deadline
+        with deadline.guard("connecting to read the input"):
+            topics = self._describe()
+            self._consumer = open_consumer(config)
+        self._partitions = [
+            _Partition(TopicPartition(topic.name, partition)) for topic in topics for partition in topic.partitions
+        ]
+        self._by_name = {p.tp: p for p in self._partitions}
+        self._consumer.assign([p.tp for p in self._partitions])
+        self._first = 0
+        self._most = config.source.poll.max_records
+        self._most_bytes = max(1 << 20, BUFFER_BYTES // max(1, len(self._partitions)))
+        self._group = GroupOffsets(config)
+
+    @property
+    def partitions(self) -> list[tuple[str, int]]:
+        """Topic and partition, in the order they take turns."""
+        return [(p.tp.topic, p.tp.partition) for p in self._partitions]
+
+    def topic_ids(self) -> TopicIds:
+        """See :class:`~streamlstm.transport.interfaces.LiveSource`."""
+        with self._deadline.guard("asking for the ids of the input topics"):
+            return {topic.name: topic.id for topic in self._describe()}
+
+    def resolve_start(self, start: str) -> list[Position]:
+        """See :class:`~streamlstm.transport.interfaces.LiveSource`. After the last record is the end."""
+        if start == "earliest":
+            return self.beginning_offsets()
+        end = self.end_offsets()
+        if start == "latest":
+            return end
+        since_ms = int(datetime.fromisoformat(start.removeprefix("timestamp:")).timestamp() * 1000)
+        found = self._offsets("offsets_for_times", {p.tp: since_ms for p in self._partitions})
+        return [
+            position if (at := found[TopicPartition(position.topic, position.partition)]) is None
+            else position._replace(next_offset=at.offset)
+            for position in end
+        ]  # fmt: skip
+
+    def beginning_offsets(self) -> list[Position]:
+        """The oldest retained offset of every partition."""
+        return self._positions("beginning_offsets")
+
+    def end_offsets(self) -> list[Position]:
+        """One past the last committed offset of every partition."""
+        return self._positions("end_offsets")
+
+    def seek(self, positions: Sequence[Position]) -> None:
+        """
+        See :class:`~streamlstm.transport.interfaces.Source`.
+
+        Raises :class:`~streamlstm.errors.TopicChanged` unless the positions are those of all partitions there are.
+        """
+        wanted = {TopicPartition(p.topic, p.partition): p.next_offset for p in positions}
+        if wanted.keys() != self._by_name.keys():
+            new = ", ".join(_name(tp) for tp in self._by_name if tp not in wanted)
+            gone = ", ".join(_name(tp) for tp in wanted if tp not in self._by_name)
+            raise TopicChanged(
+                "the partitions of the input are not those of the positions to go on from"
+                + (f"; new: {new}" if new else "") + (f"; gone: {gone}" if gone else "")
+            )  # fmt: skip
+        for tp, offset in wanted.items():
+            self._seek(self._by_name[tp], offset)
+
+    def poll(self, max_records: int, timeout_s: float) -> Messages | None:
+        """See :class:`~streamlstm.transport.interfaces.Source`."""
+        self._fill(0.0)
+        if not any(p.records for p in self._partitions):
+            self._fill(timeout_s)
+        turns, self._first = take_turns([len(p.records) for p in self._partitions], self._first, max_records)
+        pieces: list[tuple[Range, list[Any]]] = []
+        for turn in turns:
+            partition = self._partitions[turn.partition]
+            pieces.append(_cut(partition, partition.take(turn.messages)))
+        # What holds no record is consumed with the next cut, or alone when there is nothing else.
+        idle = [p for p in self._partitions if not p.records and p.cut_end != p.read_end]
+        pieces.extend(_cut(p, []) for p in idle)
+        return _messages(pieces) if pieces else None
+
+    def read(self, cut: Cut, timeout_s: float) -> Messages:
+        """See :class:`~streamlstm.transport.interfaces.Source`. Reading cuts in their order costs no seek."""
+        until_s = time.monotonic() + timeout_s
+        pieces: list[tuple[Range, list[Any]]] = []
+        for wanted in cut:
+            partition = self._by_name.get(TopicPartition(wanted.topic, wanted.partition))
+            if partition is None:
+                raise TopicChanged(f"{wanted.topic}/{wanted.partition} was consumed before and is no more")
+            if partition.cut_end != wanted.start:
+                self._seek(partition, wanted.start)
+            while (partition.read_end or 0) < wanted.end:
+                left_s = until_s - time.monotonic()
+                if left_s <= 0:
+                    raise self._missing(wanted, timeout_s)
+                self._fill(min(_WAIT_S, left_s), needed=partition)
+            inside = sum(1 for r in partition.records if r.offset < wanted.end)
+            pieces.append((wanted, partition.take(inside)))
+            partition.cut_end = wanted.end
+        return _messages(pieces)
+
+    def lag(self) -> Mapping[tuple[str, int], int]:
+        """See :class:`~streamlstm.transport.interfaces.LiveSource`. As of the last fetch of each partition."""
+        lag: dict[tuple[str, int], int] = {}
+        for p in self._partitions:
+            end = self._consumer.highwater(p.tp)
+            position = p.cut_end if p.records else p.read_end
+            if end is not None and position is not None:
+                lag[p.tp.topic, p.tp.partition] = max(0, end - position)
+        return lag
+
+    def commit_group_offsets(self, positions: Sequence[Position]) -> None:
+        """See :class:`~streamlstm.transport.interfaces.LiveSource`. The group is ``config.name``."""
+        self._group.offer(positions)
+
+    def close(self) -> None:
+        """See :class:`~streamlstm.transport.interfaces.Source`."""
+        self._group.close()
+        close_consumer(self._consumer)
+
+    def _describe(self) -> list[Topic]:
+        names = self._config.source.topics
+        with admin(self._config.source) as client:
+            found = describe(client, names)
+        topics = [topic for name in names if (topic := found[name]) is not None]
+        if len(topics) < len(names):
+            raise missing(self._config, (name for name in names if found[name] is None))
+        return topics
+
+    def _seek(self, partition: _Partition, offset: int) -> None:
+        self._consumer.seek(partition.tp, offset)
+        partition.forget(offset)
+
+    def _fill(self, timeout_s: float, needed: _Partition | None = None) -> None:
+        """
+        Take over what the client has fetched, waiting up to ``timeout_s`` for the first of it.
+
+        A partition whose buffer is full is paused, so that the client keeps the rest and goes on with the others;
+        ``needed`` never is.
+        """
+        for p in self._partitions:
+            full = p is not needed and (len(p.records) >= self._most or p.size >= self._most_bytes)
+            if full != p.paused:
+                (self._consumer.pause if full else self._consumer.resume)(p.tp)
+                p.paused = full
+        wait_ms = int(1000 * timeout_s)
+        while not all(p.paused for p in self._partitions):
+            fetched = self._fetch(wait_ms)
+            wait_ms = 0
+            for tp, records in fetched.items():
+                partition = self._by_name[tp]
+                partition.add(records)
+                if partition is not needed and (
+                    len(partition.records) >= self._most or partition.size >= self._most_bytes
+                ):
+                    self._consumer.pause(tp)
+                    partition.paused = True
+            if not fetched or (needed is not None and needed.records and len(needed.records) >= self._most):
+                break
+        for p in self._partitions:
+            p.read_end = self._position(p)
+
+    def _fetch(self, wait_ms: int) -> Mapping[TopicPartition, Sequence[Any]]:
+        with self._deadline.guard("reading the input"):
+            try:
+                return self._consumer.poll(timeout_ms=wait_ms, max_records=self._most)
+            except kafka_errors.KafkaError as error:
+                raise self._explain(error) from error
+
+    def _position(self, partition: _Partition) -> int | None:
+        with self._deadline.guard("asking for a position"):
+            try:
+                return self._consumer.position(partition.tp, timeout_ms=0)
+            except kafka_errors.KafkaError as error:
+                raise self._explain(error) from error
+
+    def _explain(self, error: kafka_errors.KafkaError) -> StreamlstmError:
+        if isinstance(error, kafka_errors.OffsetOutOfRangeError):
+            return LogGap("; ".join(self._gap(tp, wanted) for tp, wanted in error.args[0].items()))
+        divergent: Mapping[TopicPartition, Any] | None = getattr(error, "divergent_offsets", None)
+        if divergent is not None:  # LogTruncationError
+            return LogGap("; ".join(self._cut_back(tp, at) for tp, at in divergent.items()))
+        return explain(error, "reading the input")
+
+    def _gap(self, tp: TopicPartition, wanted: int) -> str:
+        try:
+            earliest = self._offsets("beginning_offsets", [tp])[tp]
+            latest = self._offsets("end_offsets", [tp])[tp]
+        except Temporary:
+            return f"{_name(tp)}: offset {wanted} is needed, and the log no longer holds it"
+        held = f"the log holds {earliest} to {latest}"
+        if wanted < earliest:
+            return f"{_name(tp)}: offset {wanted} is needed, but {held}: retention deleted {earliest - wanted} offsets"
+        return f"{_name(tp)}: offset {wanted} is needed, but {held}: it was cut back, or the topic made anew"
+
+    def _cut_back(self, tp: TopicPartition, at: Any) -> str:  # noqa: ANN401, because the client's types are untyped
+        where = "an unknown offset" if at is None else f"offset {at.offset}"
+        consumed = self._by_name[tp].cut_end
+        return f"{_name(tp)}: consumed up to {consumed}, but the log was cut back at {where} (unclean leader election)"
+
+    def _missing(self, wanted: Range, timeout_s: float) -> StreamlstmError:
+        tp = TopicPartition(wanted.topic, wanted.partition)
+        end = self._offsets("end_offsets", [tp])[tp]
+        if end < wanted.end:
+            return LogGap(self._gap(tp, wanted.end))
+        return Temporary(f"{_name(tp)}: offsets {wanted.start} to {wanted.end} did not arrive within {timeout_s:g} s")
+
+    def _positions(self, which: str) -> list[Position]:
+        found = self._offsets(which, [p.tp for p in self._partitions])
+        return [Position(p.tp.topic, p.tp.partition, found[p.tp]) for p in self._partitions]
+
+    def _offsets(self, which: str, what: object) -> dict[TopicPartition, Any]:
+        doing = f"asking for {which.replace('_', ' ')}"
+        with self._deadline.guard(doing):
+            try:
+                return getattr(self._consumer, which)(what, timeout_ms=int(1000 * OFFSETS_TIMEOUT_S))
+            except kafka_errors.KafkaError as error:
+                raise explain(error, doing) from error
+
+
+def _name(tp: TopicPartition) -> str:
+    return f"{tp.topic}/{tp.partition}"
+
+
+def _size(record: Any) -> int:  # noqa: ANN401, because the client's types are untyped
+    return record.serialized_key_size + record.serialized_value_size + 100
+
+
+def _cut(partition: _Partition, records: list[Any]) -> tuple[Range, list[Any]]:
+    """The next range of a partition, up to its position if that is all there is, else up to the last record taken."""
+    start = partition.cut_end
+    end = records[-1].offset + 1 if partition.records else partition.read_end
+    assert start is not None
+    assert end is not None
+    partition.cut_end = end
+    return Range(partition.tp.topic, partition.tp.partition, start, end), records
+
+
+def _messages(pieces: Sequence[tuple[Range, list[Any]]]) -> Messages:
+    records = [record for _, taken in pieces for record in taken]
+    timestamps_ms = np.fromiter((-1 if r.timestamp is None else r.timestamp for r in records), np.int64, len(records))
+    return Messages(
+        cut=tuple(range_ for range_, _ in pieces),
+        range_index=np.repeat(np.arange(len(pieces), dtype=np.int32), [len(taken) for _, taken in pieces]),
+        offset=np.fromiter((r.offset for r in records), np.int64, len(records)),
+        broker_ns=np.where(timestamps_ms < 0, -1, timestamps_ms * 1_000_000),
+        key=[r.key for r in records],
+        value=[r.value for r in records],
+        headers=[_headers(r.headers) for r in records] if any(r.headers for r in records) else None,
+    )
+
+
+def _headers(headers: Sequence[tuple[str, bytes | None]]) -> Headers:
+    """Kafka allows a header without a value; here it is an empty one."""
+    return [(key, value or b"") for key, value in headers]
