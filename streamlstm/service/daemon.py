@@ -29,7 +29,7 @@ MAX_RANGES = 4096
 """A transaction with this much in it is committed at once: memory and the size of a progress record are bounded."""
 
 MAX_REPLAY_FACTOR = 10
-"""Records that may be consumed past the newest checkpoint while none can be written, in ``checkpoint.every.records``."""
+"""How many times ``checkpoint.every.records`` may be consumed while no checkpoint can be written."""
 
 _LAG_EVERY_S = 1.0
 _RETRY_POLL_S = 0.5

@@ -117,29 +117,48 @@ class Observer(Protocol):
         ...
 
 
-class Unobserved:
-    """An observer that looks away."""
+class Observers:
+    """Several that are told the same, in their order."""
+
+    def __init__(self, *observers: Observer) -> None:
+        self._observers = observers
 
     def observe_phase(self, phase: Phase) -> None:
         """See :meth:`Observer.observe_phase`."""
+        for observer in self._observers:
+            observer.observe_phase(phase)
 
     def observe_turn(self, monotonic_s: float) -> None:
         """See :meth:`Observer.observe_turn`."""
+        for observer in self._observers:
+            observer.observe_turn(monotonic_s)
 
     def observe_resume(self, resumed: Resumed) -> None:
         """See :meth:`Observer.observe_resume`."""
+        for observer in self._observers:
+            observer.observe_resume(resumed)
 
     def observe_step(self, report: StepReport, timings: StepTimings, received_bytes: Mapping[str, int]) -> None:
         """See :meth:`Observer.observe_step`."""
+        for observer in self._observers:
+            observer.observe_step(report, timings, received_bytes)
 
     def observe_commit(self, committed: Committed) -> None:
         """See :meth:`Observer.observe_commit`."""
+        for observer in self._observers:
+            observer.observe_commit(committed)
 
     def observe_commit_failed(self, error: str) -> None:
         """See :meth:`Observer.observe_commit_failed`."""
+        for observer in self._observers:
+            observer.observe_commit_failed(error)
 
     def observe_lag(self, lag: Mapping[tuple[str, int], int]) -> None:
         """See :meth:`Observer.observe_lag`."""
+        for observer in self._observers:
+            observer.observe_lag(lag)
 
     def observe_checkpoint(self, checkpointed: Checkpointed) -> None:
         """See :meth:`Observer.observe_checkpoint`."""
+        for observer in self._observers:
+            observer.observe_checkpoint(checkpointed)
