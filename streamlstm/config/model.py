@@ -242,8 +242,8 @@ Setting = Annotated[str | int | float | bool, Means("text, a number, true or fal
 Device = Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$"), Means("auto, cpu, cuda or cuda:N")]
 Name = Annotated[
     str,
-    Field(pattern=r"^[A-Za-z0-9._-]{1,100}$"),
-    Means("a name of 1 to 100 letters, digits, dots, dashes and underscores"),
+    Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$"),
+    Means("a name of 1 to 100 letters, digits, dots, dashes and underscores, the first a letter or digit"),
 ]
 Character = Annotated[str, Field(min_length=1, max_length=1), Means("a single character")]
 

@@ -94,6 +94,10 @@ def test_an_overridden_value_is_blamed_on_what_overrode_it(problem):
     assert problem(sets=["model.horizons=0"]).startswith("--set model.horizons: 0 is refused")
 
 
+def test_an_entry_of_an_overridden_list_is_not_blamed_on_the_file(problem):
+    assert problem(sets=["source.topics=[a/b]"]).startswith('--set source.topics: source.topics[0]: "a/b" is refused')
+
+
 def test_every_problem_is_told_in_one_go(problems):
     told = problems(
         """\
@@ -157,6 +161,7 @@ def test_a_disagreement_with_a_wrong_key_is_none_yet(problem):
         ("model: {loss: hubr}", '"hubr" is refused: write huber, mse or mae; did you mean huber?'),
         ("model: {calendar: [hour, hour]}", "refused: name each phase once"),
         ("model: 5", "5 is refused: write a mapping with keys of hidden_size, horizons"),
+        ("name: ..", '".." is refused: write a name'),
         ("name: 5", "5 is refused: write a name of 1 to 100 letters"),
         ("training: {enabled: no}", '"no" is refused: write true or false'),
         ("training: {k2: []}", "[] is refused: write a whole number from 1 to 20000, or auto"),
