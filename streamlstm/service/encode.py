@@ -43,7 +43,7 @@ _CLOCK_OF_DAY = _clocks_of_day()
 
 class ForecastEncoder:
     """
-    Forecast messages of one deployment: key = series id, timestamp = the record's event time in ms.
+    What one deployment publishes: forecasts, with key = series id and timestamp = the record's event time in ms.
 
     A message's timestamp is never later than that of its input message: a broker refuses what lies more than an hour
     ahead of its clock, which an event time may.
@@ -57,6 +57,7 @@ class ForecastEncoder:
         self._tail = (
             b'],"model":{' + model.replace("%", "%%").encode() + b',"update":%d},"source":{%b,"offset":%d,"row":%d}}'
         )
+        self._version = version
         self._horizons = horizons
         self._dated = self._template(b'{"horizon":%d,"ds":"%%bZ","yhat":%%b}')
         self._undated = self._template(b'{"horizon":%d,"ds":null,"yhat":%%b}')
@@ -115,40 +116,41 @@ class ForecastEncoder:
             at += K
         return messages
 
+    def encode_dead_letters(self, report: StepReport, messages: Messages) -> list[OutMessage]:
+        """
+        One dead letter per message with rejected rows: key, value and headers untouched, plus ``streamlstm.error.*``.
 
-def encode_dead_letters(report: StepReport, messages: Messages, version: str = __version__) -> list[OutMessage]:
-    """
-    One dead letter per message with rejected rows: key, value and headers untouched, plus ``streamlstm.error.*``.
-
-    ``reason``, ``message`` and ``path`` are those of the first bad row, ``rows`` lists them all (``0,2-5``).
-    ``timestamp`` is the input message's, so that the same log makes the same dead letters.
-    """
-    bad: dict[tuple[str, int, int], list[Rejected]] = {}
-    for rejected in report.rejected:
-        bad.setdefault((rejected.topic, rejected.partition, rejected.offset), []).append(rejected)
-    letters: list[OutMessage] = []
-    for i, rows in sorted((_index(messages, *place), rows) for place, rows in bad.items()):
-        first = min(rows, key=lambda r: r.row)
-        broker_ns = int(messages.broker_ns[i])
-        stamp = (
-            format_times(np.array([broker_ns // _NS]), np.array([broker_ns % _NS]))[0] + b"Z" if broker_ns >= 0 else b""
-        )
-        error = {
-            "reason": first.reason.encode(),
-            "message": _utf8(first.message),
-            "path": _utf8(first.path),
-            "topic": _utf8(first.topic),
-            "partition": b"%d" % first.partition,
-            "offset": b"%d" % first.offset,
-            "rows": _format_rows([r.row for r in rows]).encode(),
-            "timestamp": stamp,
-            "version": version.encode(),
-        }
-        headers = [*(messages.headers[i] if messages.headers else ())]
-        headers += [(f"streamlstm.error.{name}", value) for name, value in error.items()]
-        stamp_ms = broker_ns // 1_000_000 if broker_ns >= 0 else None
-        letters.append(OutMessage(messages.key[i], messages.value[i], headers, stamp_ms))
-    return letters
+        ``reason``, ``message`` and ``path`` are those of the first bad row, ``rows`` lists them all (``0,2-5``).
+        ``timestamp`` is the input message's, so that the same log makes the same dead letters.
+        """
+        bad: dict[tuple[str, int, int], list[Rejected]] = {}
+        for rejected in report.rejected:
+            bad.setdefault((rejected.topic, rejected.partition, rejected.offset), []).append(rejected)
+        letters: list[OutMessage] = []
+        for i, rows in sorted((_index(messages, *place), rows) for place, rows in bad.items()):
+            first = min(rows, key=lambda r: r.row)
+            broker_ns = int(messages.broker_ns[i])
+            stamp = (
+                format_times(np.array([broker_ns // _NS]), np.array([broker_ns % _NS]))[0] + b"Z"
+                if broker_ns >= 0
+                else b""
+            )
+            error = {
+                "reason": first.reason.encode(),
+                "message": _utf8(first.message),
+                "path": _utf8(first.path),
+                "topic": _utf8(first.topic),
+                "partition": b"%d" % first.partition,
+                "offset": b"%d" % first.offset,
+                "rows": _format_rows([r.row for r in rows]).encode(),
+                "timestamp": stamp,
+                "version": self._version.encode(),
+            }
+            headers = [*(messages.headers[i] if messages.headers else ())]
+            headers += [(f"streamlstm.error.{name}", value) for name, value in error.items()]
+            stamp_ms = broker_ns // 1_000_000 if broker_ns >= 0 else None
+            letters.append(OutMessage(messages.key[i], messages.value[i], headers, stamp_ms))
+        return letters
 
 
 def format_times(seconds: I64, nanos: NDArray[np.integer]) -> list[bytes]:

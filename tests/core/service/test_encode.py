@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from reports import SECOND_NS, START_NS, make_messages, make_report
 
 from streamlstm.engine.report import Outcome, StepReport
-from streamlstm.records.batch import Range, Rejected
-from streamlstm.service.encode import ForecastEncoder, encode_dead_letters, format_times
+from streamlstm.records.batch import Messages, Range, Rejected
+from streamlstm.service.encode import ForecastEncoder, format_times
 from streamlstm.transport.interfaces import OutMessage
 
 HASH = "0123456789abcdef"
@@ -67,6 +67,10 @@ def naive_forecasts(report: StepReport) -> list[dict]:
 
 def encode(report: StepReport) -> list[OutMessage]:
     return ForecastEncoder(HASH, report.forecasts.yhat_MK.shape[1], version="0.1.0").encode_forecasts(report)
+
+
+def encode_dead_letters(report: StepReport, messages: Messages) -> list[OutMessage]:
+    return ForecastEncoder(HASH, 3, version="0.1.0").encode_dead_letters(report, messages)
 
 
 floats = st.floats(allow_infinity=False, allow_nan=True)
@@ -196,7 +200,7 @@ def test_a_dead_letter_is_the_message_untouched_and_says_why() -> None:
         [b"good", b"\xff{bad"], key=[b"k0", b"k1"], headers=[[], [("trace", b"1"), ("trace", b"2")]]
     )
     report = make_report(records=1, undecoded=[bad(1)])
-    (letter,) = encode_dead_letters(report, messages, version="0.1.0")
+    (letter,) = encode_dead_letters(report, messages)
     assert letter.key == b"k1"
     assert letter.value == b"\xff{bad"
     assert letter.timestamp_ms == START_NS // 10**6 + 1000

@@ -13,7 +13,7 @@ class Notebook:
     def __init__(self) -> None:
         self.told: list[tuple] = []
 
-    def __getattr__(self, verb: str):  # noqa: ANN204, because it stands for all verbs
+    def __getattr__(self, verb: str):
         return lambda *facts: self.told.append((verb, *facts))
 
 
