@@ -308,7 +308,7 @@ class Source(Section):
     """Brokers to ask first, `host:port`."""
     topics: list[Topic] = key([], "identity", examples=[["metrics.raw"]])
     """Input topics, in the order their partitions take turns. Needed with `type: kafka`."""
-    start: Start = key("earliest", "free")
+    start: Start = key("earliest", "identity")
     """Where a first run begins: `earliest`, `latest` or `timestamp:2026-01-01T00:00:00Z`. Later runs go on
     where the last one stopped."""
     poll: Poll = key(Poll(), "free")

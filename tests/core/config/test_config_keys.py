@@ -40,7 +40,7 @@ def test_every_required_key_has_an_example_that_is_right():
 
 
 def test_free_keys_do_not_enter_a_hash():
-    free = made(checkpoint={"url": "./other"}, http={"listen": "0.0.0.0:1"}, source={"start": "latest"})
+    free = made(checkpoint={"url": "./other"}, http={"listen": "0.0.0.0:1"}, source={"bootstrap_servers": ["b:1"]})
     assert config_hash(free) == config_hash(made())
 
 
