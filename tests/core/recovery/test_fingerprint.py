@@ -1,0 +1,33 @@
+import os
+
+import torch
+
+from streamlstm.recovery.fingerprint import compare_fingerprints, parse_cpuinfo, take_fingerprint
+
+
+def test_a_process_agrees_with_itself():
+    assert compare_fingerprints(take_fingerprint("cpu", 1), take_fingerprint("cpu", 1)) == []
+
+
+def test_the_number_of_threads_matters():
+    told = compare_fingerprints(take_fingerprint("cpu", 1), take_fingerprint("cpu", 2))
+
+    assert told == ["threads was 1 and is 2"]
+
+
+def test_switches_that_choose_other_kernels_matter(monkeypatch):
+    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
+    before = take_fingerprint("cpu", 1)
+    monkeypatch.setitem(os.environ, "ONEDNN_MAX_CPU_ISA", "AVX2")
+
+    told = compare_fingerprints(before, take_fingerprint("cpu", 1))
+
+    assert told == ["switches was not set and is ONEDNN_MAX_CPU_ISA=AVX2"]
+
+
+def test_versions_are_in_it():
+    assert take_fingerprint("cpu", 1)["torch"] == torch.__version__
+
+
+def test_an_unreadable_cpuinfo_is_no_error():
+    assert parse_cpuinfo("") == ("", "")
