@@ -1,0 +1,210 @@
+"""
+History through the same loop: decode → ``engine.step`` → score, and nothing published.
+
+Feeds give cuts: a file's are one partition, a topic's merge the heads of its partitions, and recorded cuts are taken as
+they were. Only recorded cuts are promised to equal the live run.
+"""
+
+from collections import Counter, deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from heapq import merge
+from itertools import groupby, islice
+from typing import NamedTuple, Protocol
+
+import numpy as np
+
+from streamlstm.engine.report import Outcome, StepReport
+from streamlstm.records.batch import Cut, Headers, Messages, Range, RecordBatch, SeriesId
+from streamlstm.service.scores import StreamScores
+from streamlstm.transport.interfaces import Position
+
+_FETCH = 2000
+
+
+class Steppable(Protocol):
+    """The engine, as far as a replay needs it."""
+
+    def step(self, batch: RecordBatch) -> StepReport:
+        """Take in one cut."""
+        ...
+
+
+class Fed(NamedTuple):
+    """One cut to replay, and the digest (hex) that its outputs had when they were live, where that was recorded."""
+
+    messages: Messages
+    digest: str | None = None
+
+
+class ReadsCuts(Protocol):
+    """A source that can read what it is told to."""
+
+    def read(self, cut: Cut, timeout_s: float) -> Messages:
+        """Exactly the messages of a cut."""
+        ...
+
+
+@dataclass(slots=True)
+class Summary:
+    """What a replay came to. ``differing`` counts steps whose digest was recorded and is another now."""
+
+    messages: int = 0
+    steps: int = 0
+    records: dict[Outcome, int] = field(default_factory=lambda: dict.fromkeys(Outcome, 0))
+    rejected: Counter[str] = field(default_factory=Counter[str])
+    updates: int = 0
+    skipped_updates: int = 0
+    compared: int = 0
+    differing: int = 0
+
+    def add(self, report: StepReport, messages: int, recorded: str | None) -> None:
+        """One step more."""
+        self.messages += messages
+        self.steps += 1
+        for outcome, count in report.counts().items():
+            self.records[outcome] += count
+        self.rejected.update(r.reason for r in report.rejected)
+        skipped = sum(u.skipped for u in report.updates)
+        self.skipped_updates += skipped
+        self.updates += len(report.updates) - skipped
+        if recorded is not None:
+            self.compared += 1
+            self.differing += report.digest().hex() != recorded
+
+
+class SeriesNumbers:
+    """Series numbered over a whole stream, by first appearance."""
+
+    def __init__(self) -> None:
+        self._number: dict[SeriesId, int] = {}
+
+    def number(self, batch: RecordBatch) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+        """The number of each of the batch's series."""
+        numbers = [self._number.setdefault(series, len(self._number)) for series in batch.series]
+        return np.array(numbers, np.int64)
+
+
+def replay(
+    feed: Iterable[Fed],
+    decode: Callable[[Messages], RecordBatch],
+    engine: Steppable,
+    scores: StreamScores,
+    each: Callable[[StepReport, Messages], None],
+) -> Summary:
+    """Drive ``engine`` over ``feed``; ``each`` is told of every step once it was scored."""
+    summary, numbers = Summary(), SeriesNumbers()
+    for messages, recorded in feed:
+        report = engine.step(decode(messages))
+        batch, out = report.batch, report.forecasts
+        series_M = numbers.number(batch)[batch.code[out.record_M]] if len(out) else np.empty(0, np.int64)
+        scores.add(series_M, batch.target[out.record_M], out.settled_error_MXK, out.settled_offset_MK)
+        summary.add(report, len(messages), recorded)
+        each(report, messages)
+    return summary
+
+
+def feed_source(
+    poll: Callable[[int], Messages | None], max_messages: int, limit: int | None = None
+) -> Generator[Fed, None, None]:
+    """All that ``poll(count)`` gives until it gives nothing, or the first ``limit`` messages."""
+    left = limit
+    while left is None or left > 0:
+        messages = poll(max_messages if left is None else min(max_messages, left))
+        if messages is None:
+            return
+        if left is not None:
+            left -= len(messages)
+        yield Fed(messages)
+
+
+def feed_recorded(steps: Iterable[tuple[Cut, str]], source: ReadsCuts, timeout_s: float) -> Generator[Fed, None, None]:
+    """The recorded cuts, each with its digest."""
+    for cut, digest in steps:
+        yield Fed(source.read(cut, timeout_s), digest)
+
+
+def feed_merged(
+    source: ReadsCuts,
+    starts: Sequence[Position],
+    ends: Sequence[Position],
+    timeout_s: float,
+    max_messages: int,
+    limit: int | None = None,
+) -> Generator[Fed, None, None]:
+    """
+    The messages between ``starts`` and ``ends``, partitions merged by (broker timestamp, partition, offset).
+
+    It is their heads that are compared, so the order inside a partition stays. Partitions count in the order of
+    ``starts``. One partition is read at a time, when its head is wanted: memory does not grow with how far the
+    timestamps of two partitions are apart.
+    """
+    end = {(p.topic, p.partition): p.next_offset for p in ends}
+    streams = [
+        _stream(source, index, start, end[start.topic, start.partition], timeout_s)
+        for index, start in enumerate(starts)
+    ]
+    merged: Iterator[_Head] = merge(*streams, key=lambda head: head[:3])
+    if limit is not None:
+        merged = islice(merged, limit)
+    position = {index: start.next_offset for index, start in enumerate(starts)}
+    while heads := list(islice(merged, max_messages)):
+        yield Fed(_as_messages(heads, starts, position))
+
+
+class _Head(NamedTuple):
+    """One message; its first three fields are the order of merging."""
+
+    broker_ns: int
+    place: int
+    offset: int
+    key: bytes | None
+    value: bytes | None
+    headers: Headers
+
+
+def _stream(source: ReadsCuts, index: int, start: Position, end: int, timeout_s: float) -> Generator[_Head, None, None]:
+    """One partition's messages, read a piece at a time."""
+    waiting: deque[_Head] = deque()
+    at = start.next_offset
+    while waiting or at < end:
+        if not waiting:
+            piece = Range(start.topic, start.partition, at, min(at + _FETCH, end))
+            messages, at = source.read((piece,), timeout_s), piece.end
+            waiting.extend(
+                _Head(broker_ns, index, offset, key, value, headers)
+                for broker_ns, offset, key, value, headers in zip(
+                    messages.broker_ns.tolist(),
+                    messages.offset.tolist(),
+                    messages.key,
+                    messages.value,
+                    messages.headers or [[] for _ in messages.value],
+                    strict=True,
+                )
+            )
+            continue
+        yield waiting.popleft()
+
+
+def _as_messages(heads: Sequence[_Head], starts: Sequence[Position], position: dict[int, int]) -> Messages:
+    """One cut: a range for each run of one partition, each beginning where the partition's last one ended."""
+    cut: list[Range] = []
+    range_index = np.empty(len(heads), np.int32)
+    at = 0
+    for index, run in groupby(heads, key=lambda head: head.place):
+        count, last = 0, -1
+        for head in run:
+            count, last = count + 1, head.offset
+        where = starts[index]
+        range_index[at : at + count] = len(cut)
+        cut.append(Range(where.topic, where.partition, position[index], last + 1))
+        position[index], at = last + 1, at + count
+    return Messages(
+        cut=tuple(cut),
+        range_index=range_index,
+        offset=np.array([h.offset for h in heads], np.int64),
+        broker_ns=np.array([h.broker_ns for h in heads], np.int64),
+        key=[h.key for h in heads],
+        value=[h.value for h in heads],
+        headers=[h.headers for h in heads] if any(h.headers for h in heads) else None,
+    )
