@@ -1,0 +1,290 @@
+"""
+From the raw values of one cut to a :class:`~streamlstm.records.batch.RecordBatch`: names, times, order.
+
+Axes: O observations (a message, or one item of an exploded array), R rows (one target of one observation),
+N the rows that became records.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from streamlstm.records.batch import F64, I32, I64, Messages, Reason, RecordBatch, Rejected, SeriesId
+from streamlstm.records.mapping import FIELD, Meta, Path, Plan
+from streamlstm.records.times import TimeReader
+from streamlstm.records.values import NumberColumn, Raw, Unfit, text_of
+
+LONGEST_PATH = 200
+"""Characters of a path in a :class:`Rejected`: a producer names the fields of ``$.*``."""
+
+_MOST_NAMES = 1 << 18
+"""Names kept between cuts; beyond that they are forgotten and met anew, which changes no result."""
+
+
+class Fault(NamedTuple):
+    """What is wrong with a row: the second half of a :class:`~streamlstm.records.batch.Rejected`."""
+
+    reason: Reason
+    path: str
+    message: str
+
+
+class Dead(NamedTuple):
+    """A row without an observation: mostly a whole message that could not be read, as its row 0."""
+
+    message: int
+    row: int
+    fault: Fault
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """
+    What a format found in the messages of one cut.
+
+    ``parts[p][o]`` and ``times[t][o]`` are the raw values of observation o, one column for each path in the plan's
+    ``fields`` and ``times``. Row r is target ``names[name_R[r]]`` of observation ``observation_R[r]``. Rows
+    stand in the order of the messages and, within one, of ``row_R``. ``target_R`` is NaN where missing or at fault.
+    """
+
+    message_O: I64
+    parts: Sequence[Sequence[Raw]]
+    times: Sequence[Sequence[Raw]]
+    observation_R: I64
+    row_R: I32
+    name_R: I64
+    names: Sequence[str]
+    target_R: F64
+    faults: dict[int, Fault] = field(default_factory=dict[int, Fault])
+    dead: Sequence[Dead] = ()
+
+
+def spread(
+    message_O: I64,
+    parts: Sequence[Sequence[Raw]],
+    times: Sequence[Sequence[Raw]],
+    targets: Sequence[tuple[str, Path, NumberColumn]],
+    dead: Sequence[Dead],
+) -> Rows:
+    """Rows where every observation has the same targets, in the order listed."""
+    count = len(targets)
+    faults: dict[int, Fault] = {}
+    for t, (_, path, column) in enumerate(targets):
+        for o, why in column.unfit.items():
+            faults[o * count + t] = Fault(why.reason, path.text, why.message)
+    return Rows(
+        message_O=message_O,
+        parts=parts,
+        times=times,
+        observation_R=np.repeat(np.arange(len(message_O)), count),
+        row_R=np.tile(np.arange(count, dtype=np.int32), len(message_O)),
+        name_R=np.tile(np.arange(count), len(message_O)),
+        names=[name for name, _, _ in targets],
+        target_R=np.stack([column.values for _, _, column in targets], axis=1).ravel(),
+        faults=faults,
+        dead=dead,
+    )
+
+
+def join_parts(parts: Sequence[str]) -> str:
+    r"""
+    The key of a series: its parts joined with ``|``, so that different parts never give the same key.
+
+    Inside a part a backslash goes before each ``|`` and backslash; a part that stands alone stays as it is.
+
+    >>> join_parts(["host-1", "cpu"]), join_parts(["a|b", "c"]), join_parts(["a|b"])
+    ('host-1|cpu', 'a\\|b|c', 'a|b')
+    """
+    if len(parts) == 1:
+        return parts[0]
+    return "|".join(part.replace("\\", "\\\\").replace("|", "\\|") for part in parts)
+
+
+class Assembler:
+    """Gives rows their series and their times. What it remembers between cuts is for speed only."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._plan = plan
+        self.times = TimeReader(plan.unit)
+        self._bases: dict[tuple[str, ...], int] = {}
+        self._base_parts: list[tuple[str, ...]] = []
+        self._series: dict[tuple[tuple[str, int], int, str], SeriesId] = {}
+
+    def assemble(self, messages: Messages, rows: Rows) -> RecordBatch:
+        """The records of these rows, and what had to be rejected, both in the cut's order."""
+        parts, faults_O = self._parts(messages, rows)
+        time_O = self._times(messages, rows, faults_O)
+        picked_R = np.ones(len(rows.row_R), np.bool_)
+        if faults_O:
+            sound_O = np.ones(len(rows.message_O), np.bool_)
+            sound_O[list(faults_O)] = False
+            picked_R &= sound_O[rows.observation_R]
+        picked_R[list(rows.faults)] = False
+        dead = [*rows.dead, *_dead_rows(rows, faults_O, np.flatnonzero(~picked_R))]
+        observation_N = rows.observation_R[picked_R]
+        message_N = rows.message_O[observation_N]
+        range_N = messages.range_index[message_N]
+        series, code = self._code(messages, rows, parts, observation_N, range_N, rows.name_R[picked_R])
+        return RecordBatch(
+            cut=messages.cut,
+            series=series,
+            code=code,
+            range_index=range_N,
+            offset=messages.offset[message_N],
+            row=rows.row_R[picked_R],
+            time_ns=time_O[observation_N],
+            broker_ns=messages.broker_ns[message_N],
+            target=rows.target_R[picked_R],
+            rejected=_rejected(messages, dead),
+        )
+
+    def _parts(self, messages: Messages, rows: Rows) -> tuple[list[list[str]], dict[int, Fault]]:
+        """The parts of each observation's series id as text, ``@field`` left out, and where one is missing."""
+        columns: list[list[str]] = []
+        faults: dict[int, Fault] = {}
+        found = iter(rows.parts)
+        for part in self._plan.parts:
+            if part == FIELD:
+                continue
+            raw = next(found) if isinstance(part, Path) else _beside(part, messages, rows.message_O)
+            columns.append(_texts(raw, part.text, faults))
+        return columns, faults
+
+    def _times(self, messages: Messages, rows: Rows, faults: dict[int, Fault]) -> I64:
+        """Every observation's time; those that have none are added to ``faults``, after what is there already."""
+        path = self._plan.time_text
+        broker_O = messages.broker_ns[rows.message_O]
+        if not rows.times:
+            ns_O, missing = broker_O.copy(), range(len(broker_O))
+        else:
+            ns_O, missing, unfit = self.times.read(rows.times[0] if len(rows.times) == 1 else _joined(rows.times))
+            for o, why in unfit.items():
+                faults.setdefault(o, Fault(why.reason, path, why.message))
+        if len(missing):
+            absent = np.fromiter(missing, np.int64, len(missing))
+            if self._plan.fallback == "none":
+                stuck, message = absent, "no time"
+            else:
+                ns_O[absent] = broker_O[absent]
+                stuck, message = absent[broker_O[absent] < 0], "no time, and the broker gave none"
+            for o in stuck.tolist():
+                faults.setdefault(o, Fault("mapping", path, message))
+        return ns_O
+
+    def _code(
+        self, messages: Messages, rows: Rows, parts: list[list[str]], observation_N: I64, range_N: I32, name_N: I64
+    ) -> tuple[tuple[SeriesId, ...], I32]:
+        """The distinct series in order of first appearance, and which one each record belongs to."""
+        if not len(observation_N):
+            return (), np.empty(0, np.int32)
+        if len(self._bases) > _MOST_NAMES or len(self._series) > _MOST_NAMES:
+            self._bases.clear()
+            self._base_parts.clear()
+            self._series.clear()
+        places = list(dict.fromkeys((r.topic, r.partition) for r in messages.cut))
+        rank = {place: i for i, place in enumerate(places)}
+        place_of_range = np.array([rank[r.topic, r.partition] for r in messages.cut], np.int64)
+        base_O = self._number(parts, len(rows.message_O))
+        mixed = (base_O[observation_N] * len(places) + place_of_range[range_N]) * len(rows.names) + name_N
+        distinct, first, inverse = np.unique(mixed, return_index=True, return_inverse=True)
+        order = np.argsort(first)
+        code_of = np.empty(len(order), np.int32)
+        code_of[order] = np.arange(len(order), dtype=np.int32)
+        rest, name = np.divmod(distinct[order], len(rows.names))
+        base, place = np.divmod(rest, len(places))
+        series = tuple(
+            self._series_id(places[p], b, rows.names[int(n)])
+            for b, p, n in zip(base.tolist(), place.tolist(), name.tolist(), strict=True)
+        )
+        return series, code_of[inverse]
+
+    def _number(self, parts: list[list[str]], observations: int) -> I64:
+        """One number for each distinct tuple of parts."""
+        if not parts:
+            return np.zeros(observations, np.int64)
+        tuples = list(zip(*parts, strict=True))
+        numbers = list(map(self._bases.get, tuples))
+        if None in numbers:
+            for parts_of_one in tuples:
+                if parts_of_one not in self._bases:
+                    self._bases[parts_of_one] = len(self._base_parts)
+                    self._base_parts.append(parts_of_one)
+            numbers = list(map(self._bases.get, tuples))
+        return np.array(numbers, np.int64)
+
+    def _series_id(self, place: tuple[str, int], base: int, name: str) -> SeriesId:
+        at = (place, base, name)
+        if (series := self._series.get(at)) is None:
+            given = iter(self._base_parts[base] if self._base_parts else ())
+            parts = [name if part == FIELD else next(given) for part in self._plan.parts]
+            series = self._series[at] = SeriesId(*place, join_parts(parts))
+        return series
+
+
+def _texts(column: Sequence[Raw], path: str, faults: dict[int, Fault]) -> list[str]:
+    """A column as text; observations where it is missing or unfit are added to ``faults``, and empty here."""
+    texts: list[str] = []
+    for o, raw in enumerate(column) if set(map(type, column)) - {str} else ():
+        text = text_of(raw)
+        if text is None:
+            faults.setdefault(o, Fault("mapping", path, "missing"))
+        elif isinstance(text, Unfit):
+            faults.setdefault(o, Fault(text.reason, path, text.message))
+        texts.append(text if isinstance(text, str) else "")
+    return texts or [raw for raw in column if isinstance(raw, str)]
+
+
+def _beside(part: Meta, messages: Messages, message_O: I64) -> list[Raw]:
+    """A part that stands beside the message, for each observation."""
+    at = message_O.tolist()
+    match part.source:
+        case "key":
+            return [_utf8(messages.key[m]) for m in at]
+        case "header":
+            return [_utf8(_last_header(messages, m, part.name)) for m in at]
+        case "topic":
+            return [messages.cut[i].topic for i in messages.range_index[message_O].tolist()]
+        case _:
+            return [str(messages.cut[i].partition) for i in messages.range_index[message_O].tolist()]
+
+
+def _last_header(messages: Messages, message: int, name: str) -> bytes | None:
+    headers = messages.headers[message] if messages.headers else []
+    return next((value for header, value in reversed(headers) if header == name), None)
+
+
+def _utf8(raw: bytes | None) -> str | Unfit | None:
+    try:
+        return None if raw is None else raw.decode()
+    except UnicodeDecodeError:
+        return Unfit("not UTF-8", "decode")
+
+
+def _joined(columns: Sequence[Sequence[Raw]]) -> list[Raw]:
+    """Several columns as one, their text joined by a space."""
+    joined: list[Raw] = []
+    for raws in zip(*columns, strict=True):
+        texts = [text_of(raw) for raw in raws]
+        unfit = next((text for text in texts if isinstance(text, Unfit)), None)
+        joined.append(unfit or (None if None in texts else " ".join(map(str, texts))))
+    return joined
+
+
+def _dead_rows(rows: Rows, faults_O: dict[int, Fault], lost_R: NDArray[np.intp]) -> Iterator[Dead]:
+    """The rows that are no records, with the fault of their observation or else their own."""
+    for r in lost_R.tolist():
+        observation = int(rows.observation_R[r])
+        fault = faults_O.get(observation) or rows.faults[r]
+        yield Dead(int(rows.message_O[observation]), int(rows.row_R[r]), fault)
+
+
+def _rejected(messages: Messages, dead: list[Dead]) -> tuple[Rejected, ...]:
+    rejected: list[Rejected] = []
+    for message, row, (reason, path, why) in sorted(dead, key=lambda one: (one.message, one.row)):
+        topic, partition, _, _ = messages.cut[int(messages.range_index[message])]
+        offset = int(messages.offset[message])
+        rejected.append(Rejected(topic, partition, offset, row, reason, path[:LONGEST_PATH], why))
+    return tuple(rejected)
