@@ -383,7 +383,14 @@ class CheckpointStore:
         """Seconds spent in fsync, length and SHA-256."""
         with self._disk.create(path) as file:
             sink = _Hashed(self._disk, file)
-            put(sink)
+            try:
+                put(sink)
+                sink.flush()
+            except BaseException:
+                # torch and pyarrow try to finish their files, and then tell of that instead of the disk.
+                if sink.error is not None:
+                    raise sink.error from None
+                raise
             began = time.perf_counter()
             self._disk.sync(file)
             return time.perf_counter() - began, sink.bytes, sink.sha.hexdigest()
@@ -432,19 +439,42 @@ class _NewerSchema(CheckpointError):
 
 
 class _Hashed:
-    """A file that knows the length and SHA-256 of what went into it."""
+    """A file that knows the length and SHA-256 of what went into it. After an error it takes no more."""
 
     def __init__(self, disk: Disk, file: BinaryIO) -> None:
         self._disk, self._file = disk, file
+        self._held = bytearray()
         self.sha = hashlib.sha256()
         self.bytes = 0
+        self.error: BaseException | None = None
 
     def write(self, data: bytes | memoryview, /) -> int:
+        if self.error is not None:
+            raise self.error
         view = memoryview(data).cast("B")
-        self._disk.write(self._file, view)
         self.sha.update(view)
         self.bytes += view.nbytes
+        if view.nbytes < _BLOCK:
+            self._held += view
+        else:
+            self.flush()
+            self._put(view)
+        if len(self._held) >= _BLOCK:
+            self.flush()
         return view.nbytes
+
+    def flush(self) -> None:
+        """Hand over what was held back to make one write of many small ones."""
+        if self._held:
+            held, self._held = self._held, bytearray()
+            self._put(memoryview(held))
+
+    def _put(self, data: memoryview) -> None:
+        try:
+            self._disk.write(self._file, data)
+        except BaseException as error:
+            self.error = error
+            raise
 
 
 def _files_of(state: EngineState, provenance: Provenance) -> dict[str, Callable[[Sink], object]]:

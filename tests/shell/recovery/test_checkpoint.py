@@ -1,0 +1,434 @@
+import errno
+import json
+import os
+import random
+import shutil
+import stat
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+from fakes import Crash, Fate, FatedDisk, digest_directory, fingerprint
+
+from streamlstm.engine.state import EngineState
+from streamlstm.errors import CheckpointError, CheckpointNotWritten, ConfigError, Temporary
+from streamlstm.records.batch import SeriesId
+from streamlstm.recovery.checkpoint import CheckpointStore, Provenance, Settings
+from streamlstm.recovery.disk import Disk
+from streamlstm.recovery.progress import Link
+from streamlstm.transport.interfaces import Position
+
+
+def state(step: int, series: int = 3) -> EngineState:
+    torch.manual_seed(step)
+    return EngineState(
+        step=step,
+        series=tuple(SeriesId("in", i % 2, f"s{i}") for i in range(series)),
+        columns={"age": [torch.arange(series + 2)], "carry": [torch.randn(series + 2, 4)]},
+        weights={"w": torch.randn(4, 4)},
+        training={"moment": torch.randn(4)},
+        meta={"queue": [1, 2.5, None, "x"]},
+    )
+
+
+def provenance(step: int = 0) -> Provenance:
+    return Provenance(
+        lineage="L",
+        incarnation="i",
+        positions=(Position("in", 0, step), Position("in", 1, 7)),
+        topic_ids={"in": "id"},
+        progress=Link(2 * step, f"digest {step}"),
+        settings=Settings("n", "hash", {"model.seed": 17}, {"training.k1": 16}),
+        fingerprint=fingerprint(),
+        created_ms=1_700_000_000_000,
+    )
+
+
+@pytest.fixture
+def store(tmp_path):
+    opened = CheckpointStore(tmp_path / "state").open()
+    yield opened
+    opened.close()
+
+
+def write(store: CheckpointStore, *steps: int) -> None:
+    for step in steps:
+        store.write(state(step), provenance(step))
+
+
+def test_what_was_written_is_loaded(store):
+    written = store.write(state(5), provenance(5))
+    loaded = store.load(5)
+
+    assert loaded.generation == written.generation
+    assert loaded.generation.provenance == provenance(5)
+    assert loaded.state.digests() == state(5).digests()
+    assert loaded.state.meta == state(5).meta
+    assert loaded.generation.bytes == sum(f.stat().st_size for f in store.directory.glob("0*/*"))
+
+
+def test_a_state_without_series_keeps_its_columns(store):
+    store.write(state(0, series=0), provenance())
+
+    assert store.load(0).state.digests() == state(0, series=0).digests()
+
+
+def test_only_we_can_read_it(store):
+    write(store, 1)
+
+    for path in (store.directory, *store.directory.rglob("*")):
+        mode = stat.S_IMODE(path.stat().st_mode)
+        assert mode == (0o700 if path.is_dir() else 0o600), path
+
+
+def test_a_topic_may_be_called_anything(store):
+    topics = ["../../etc", "a/b", "ü" * 100, "x" * 249, "y" * 249 + "/", "CON", "."]
+    series = tuple(SeriesId(topic, 3, "k") for topic in topics)
+    odd = EngineState(1, series, {"n": [torch.arange(len(topics))]}, {}, {}, {})
+
+    store.write(odd, provenance())
+
+    assert store.load(1).state.digests() == odd.digests()
+    assert all(path.parent.parent == store.directory for path in store.directory.rglob("state-*"))
+
+
+def test_the_newest_is_taken_whatever_the_order_of_writing(store):
+    write(store, 9, 11, 10)
+
+    loaded, refused = store.newest()
+
+    assert loaded is not None
+    assert loaded.generation.step == 11
+    assert refused == []
+
+
+def test_an_empty_directory_holds_nothing(store):
+    assert store.newest() == (None, [])
+
+
+def damages(path: Path, rng: random.Random) -> list[tuple[str, bytes | None]]:
+    """What to put in place of a file: flipped bits, cut ends, a longer one, an empty one, none."""
+    data = path.read_bytes()
+    every = range(len(data)) if len(data) <= 400 else sorted(rng.sample(range(len(data)), 120))
+    found: list[tuple[str, bytes | None]] = []
+    for at in every:
+        flipped = bytearray(data)
+        flipped[at] ^= 1 << rng.randrange(8)
+        found.append((f"bit of byte {at}", bytes(flipped)))
+    found += [(f"cut to {size}", data[:size]) for size in (0, 1, len(data) // 2, len(data) - 1)]
+    return [*found, ("one byte more", data + b"\0"), ("removed", None)]
+
+
+def test_any_damage_to_any_file_is_found_and_the_previous_generation_used(store):
+    write(store, 1, 2)
+    rng = random.Random(17)
+    newest = store.directory / f"{2:020d}"
+    tried = 0
+    for path in sorted(newest.iterdir()):
+        whole = path.read_bytes()
+        for what, data in damages(path, rng):
+            path.unlink() if data is None else path.write_bytes(data)
+            loaded, refused = store.newest()
+            assert loaded is not None, (path.name, what)
+            assert loaded.generation.step == 1, (path.name, what)
+            assert [r.step for r in refused] == [2], (path.name, what)
+            path.write_bytes(whole)
+            tried += 1
+    assert tried > 500
+    assert store.newest()[1] == []
+
+
+def test_the_reason_names_the_file(store):
+    write(store, 1, 2)
+    path = store.directory / f"{2:020d}" / "optim.pt"
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+
+    _, (refused,) = store.newest()
+
+    assert refused.reason == "optim.pt is damaged: its SHA-256 is not the manifest's"
+
+
+def test_a_file_that_is_not_listed_is_not_tolerated(store):
+    write(store, 1)
+    (store.directory / f"{1:020d}" / "extra.pt").write_bytes(b"")
+
+    with pytest.raises(CheckpointError, match=r"extra\.pt is not listed"):
+        store.verify(1)
+
+
+@pytest.mark.parametrize("name", ["MANIFEST.json", "model.pt", "meta.json"])
+def test_a_link_is_not_followed_even_to_the_right_bytes(store, tmp_path, name):
+    write(store, 1)
+    path = store.directory / f"{1:020d}" / name
+    shutil.move(path, tmp_path / name)
+    path.symlink_to(tmp_path / name)
+
+    with pytest.raises(CheckpointError, match=f"{name} is a link"):
+        store.verify(1)
+
+
+def test_a_linked_generation_is_not_followed(store, tmp_path):
+    write(store, 1)
+    shutil.move(store.directory / f"{1:020d}", tmp_path / "elsewhere")
+    (store.directory / f"{1:020d}").symlink_to(tmp_path / "elsewhere")
+
+    with pytest.raises(CheckpointError, match="not a directory"):
+        store.verify(1)
+
+
+def test_a_generation_under_another_steps_name_is_refused(store):
+    write(store, 1)
+    (store.directory / f"{1:020d}").rename(store.directory / f"{4:020d}")
+
+    with pytest.raises(CheckpointError, match="is of step 1"):
+        store.verify(4)
+
+
+def test_no_parser_sees_a_byte_that_was_not_checked(store):
+    write(store, 1)
+    bomb = b"PK\x03\x04 a zip that torch would open"
+    (store.directory / f"{1:020d}" / "model.pt").write_bytes(bomb)
+
+    with pytest.raises(CheckpointError, match=r"model\.pt has"):
+        store.load(1)
+
+
+def test_a_newer_layout_is_refused_not_called_bad(store, monkeypatch):
+    write(store, 1)
+    monkeypatch.setattr("streamlstm.recovery.checkpoint.SCHEMA", 2)
+    write(store, 2)
+    monkeypatch.undo()
+
+    with pytest.raises(CheckpointError, match="layout 2, and this version reads 1"):
+        store.newest()
+
+
+def test_all_bad_is_refused_with_every_reason_and_nothing_is_moved(store):
+    write(store, 1, 2)
+    (store.directory / f"{1:020d}" / "model.pt").unlink()
+    (store.directory / f"{2:020d}" / "MANIFEST.json").write_bytes(b"{}")
+    before = digest_directory(store.directory)
+
+    with pytest.raises(CheckpointError) as caught:
+        store.newest()
+
+    assert caught.value.exit_code == 65
+    assert "2: MANIFEST.json is damaged" in str(caught.value)
+    assert "1: model.pt is missing" in str(caught.value)
+    assert digest_directory(store.directory) == before
+
+
+def test_a_bad_generation_put_aside_is_not_seen_again(store):
+    write(store, 1, 2)
+    for expected in ("00000000000000000002.bad-1", "00000000000000000002.bad-2"):
+        assert store.put_aside(2) == expected
+        assert store.steps() == [1]
+        write(store, 2)
+    assert store.bad() == ["00000000000000000002.bad-1", "00000000000000000002.bad-2"]
+
+
+def test_the_oldest_leave_first_and_the_newest_never(store):
+    write(store, 1, 2, 3, 4)
+
+    assert store.prune(keep=2) == ""
+    assert store.steps() == [3, 4]
+    assert store.prune(keep=1) == ""
+    assert store.steps() == [4]
+
+
+def test_the_chain_is_needed_from_the_oldest_generation_on(store):
+    assert store.oldest_link() is None
+    write(store, 3, 4)
+    assert store.oldest_link() == Link(6, "digest 3")
+    (store.directory / f"{3:020d}" / "meta.json").write_bytes(b"{}")
+    assert store.oldest_link() is None
+
+
+def test_what_a_killed_process_left_is_swept_up(store):
+    write(store, 1)
+    shutil.copytree(store.directory / f"{1:020d}", store.directory / ".tmp-00000000000000000002-1")
+    store.close()
+
+    again = CheckpointStore(store.directory).open()
+    assert sorted(p.name for p in store.directory.iterdir()) == [f"{1:020d}", "lock"]
+    again.close()
+
+
+def test_a_second_process_is_told_who_holds_the_lock(store):
+    with pytest.raises(Temporary, match=f"in use by another process \\(pid {os.getpid()}\\)") as caught:
+        CheckpointStore(store.directory).open()
+    assert caught.value.exit_code == 75
+
+
+def test_the_lock_ends_with_its_process(tmp_path):
+    script = textwrap.dedent(
+        f"""
+        from pathlib import Path
+        from streamlstm.recovery.checkpoint import CheckpointStore
+        CheckpointStore(Path({str(tmp_path / "state")!r})).open()
+        print("locked", flush=True)
+        import time
+        time.sleep(60)
+        """
+    )
+    with subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE) as child:
+        assert child.stdout is not None
+        assert child.stdout.readline() == b"locked\n"
+        with pytest.raises(Temporary):
+            CheckpointStore(tmp_path / "state").open()
+        child.kill()
+    CheckpointStore(tmp_path / "state").open().close()
+
+
+def a_file(root: Path) -> Path:
+    (root / "file").write_text("")
+    return root / "file"
+
+
+class Unwritable(Disk):
+    """Every new name is refused, as on a read-only file system."""
+
+    def make_directory(self, path: Path) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+
+
+@pytest.mark.parametrize(
+    ("prepare", "disk"),
+    [
+        (lambda root: root / "missing" / "state", Disk()),
+        (a_file, Disk()),
+        (lambda root: root / "state", Unwritable()),
+    ],
+    ids=["no parent", "a file", "read-only"],
+)
+def test_a_directory_that_cannot_be_used_is_a_matter_of_configuration(tmp_path, prepare, disk):
+    with pytest.raises(ConfigError, match=r"^checkpoint\.url: ") as caught:
+        CheckpointStore(prepare(tmp_path), disk).open()
+    assert caught.value.exit_code == 78
+    assert "\n" not in str(caught.value)
+
+
+class Failing(FatedDisk):
+    """The ``at``-th operation fails with this error, and the process lives on."""
+
+    def __init__(self, at: int, number: int) -> None:
+        super().__init__(Fate())
+        self.at, self.number = at, number
+        self.failed = False
+        self.fate.point = self.point  # type: ignore[method-assign]  # the one seam of all operations
+        self.count = 0
+
+    def point(self) -> None:
+        self.count += 1
+        if self.count == self.at:
+            self.failed = True
+            raise OSError(self.number, os.strerror(self.number))
+
+
+def attempt(store: CheckpointStore) -> CheckpointNotWritten | None:
+    try:
+        store.write(state(2), provenance(2))
+    except CheckpointNotWritten as error:
+        return error
+    return None
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ENOSPC])
+def test_whichever_operation_fails_the_previous_generation_loads(tmp_path, number):
+    at = 0
+    while True:
+        at += 1
+        directory = tmp_path / f"{at}"
+        first = CheckpointStore(directory).open()
+        write(first, 1)
+        first.close()
+        disk = Failing(at, number)
+        store = CheckpointStore(directory, disk).open()
+        error = attempt(store)
+        if error is None:
+            assert not disk.failed
+            store.close()
+            break
+        assert error.exit_code == 74
+        assert isinstance(error.__cause__, OSError)
+        loaded, refused = store.newest()
+        assert loaded is not None
+        assert refused == []
+        assert loaded.state.digests() == state(loaded.generation.step).digests()
+        # The attempt is gone, and the next one begins from nothing.
+        assert not list(directory.glob(".tmp-*"))
+        store.write(state(3), provenance(3))
+        assert store.load(3).state.digests() == state(3).digests()
+        store.close()
+    assert at > 20
+
+
+def test_wherever_the_process_is_killed_the_previous_generation_loads(tmp_path):
+    seen = set()
+    at = 0
+    while True:
+        directory = tmp_path / f"{at}"
+        first = CheckpointStore(directory).open()
+        write(first, 1)
+        first.close()
+        store = CheckpointStore(directory, FatedDisk(Fate(at)))
+        try:
+            store.open()
+            store.write(state(2), provenance(2))
+            store.prune(keep=1)
+            finished = True
+        except Crash:
+            finished = False
+        store.close()
+        again = CheckpointStore(directory).open()
+        loaded, refused = again.newest()
+        assert loaded is not None
+        assert refused == []
+        assert loaded.state.digests() == state(loaded.generation.step).digests()
+        assert not list(directory.glob(".tmp-*"))
+        again.close()
+        seen.add(loaded.generation.step)
+        if finished:
+            break
+        at += 1
+    assert at > 20
+    assert seen == {1, 2}
+
+
+def test_wherever_a_replacement_is_cut_one_of_the_two_is_there(tmp_path):
+    for at in range(200):
+        directory = tmp_path / f"{at}"
+        first = CheckpointStore(directory).open()
+        old = first.write(state(0), provenance(1)).generation
+        first.close()
+        store = CheckpointStore(directory, FatedDisk(Fate(at)))
+        try:
+            store.open()
+            store.write(state(0), provenance(2))
+            finished = True
+        except Crash:
+            finished = False
+        store.close()
+        again = CheckpointStore(directory).open()
+        loaded, _ = again.newest()
+        assert loaded is not None
+        assert (loaded.generation.digest == old.digest) == (loaded.generation.provenance == provenance(1))
+        assert sorted(p.name for p in directory.iterdir()) == [f"{0:020d}", "lock"]
+        again.close()
+        if finished:
+            assert loaded.generation.provenance == provenance(2)
+            return
+    pytest.fail("the replacement never came to its end")
+
+
+def test_meta_says_where_it_stands(store):
+    write(store, 5)
+
+    meta = json.loads((store.directory / f"{5:020d}" / "meta.json").read_bytes())
+
+    assert meta["positions"][0] == {"topic": "in", "partition": 0, "next_offset": 5, "leader_epoch": None}
+    assert meta["progress"] == {"offset": 10, "digest": "digest 5"}
+    assert meta["config"]["learning"] == {"training.k1": 16}
