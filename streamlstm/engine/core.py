@@ -31,7 +31,7 @@ from streamlstm.engine.report import EXPERTS, Forecasts, Outcome, StepReport, Up
 from streamlstm.engine.schedule import Fire, Join, UpdateQueue
 from streamlstm.engine.state import EngineState
 from streamlstm.learning.cells import Cell, head
-from streamlstm.learning.model import Parameters, Shape
+from streamlstm.learning.model import Prepared, Shape
 from streamlstm.learning.tbptt import Learner, Settings, Windows
 from streamlstm.records.batch import I64, RecordBatch, Rejected, SeriesId
 from streamlstm.series import scaling, scoring
@@ -243,7 +243,7 @@ class Engine:
         note(len(slot_M))
         return fires
 
-    def _advance(self, work: "_Work", parameters: Parameters, rows: _Rows) -> int:
+    def _advance(self, work: "_Work", parameters: Prepared, rows: _Rows) -> int:
         """
         Settle and forecast N rows; the number of carries that had to be zeroed.
 
@@ -267,7 +267,7 @@ class Engine:
 
         h_BH, c_BH = table.gather("carry_h", by_series), table.gather("carry_c", by_series)
         h_NH, c_NH, zeroed_N = self._cell.run(parameters, x_NF, h_BH, c_BH, rows.waves)
-        output_NK = head(parameters, h_NH)
+        output_NK = head(parameters, h_NH, self._horizons)
         self._save_carries(by_series, rows, admitted.age_M[rows.fresh_N], h_NH, c_NH, zeroed_N)
 
         offset_N = work.offset_M[fresh_N]
@@ -376,22 +376,21 @@ class Engine:
         table.scatter("carry_h", by_series, h_NH[last])
         table.scatter("carry_c", by_series, c_NH[last])
 
-        save_N = (age_N + self._k2) % self._k1 == 0
+        saving = np.flatnonzero((age_N + self._k2) % self._k1 == 0)
+        selection = table.select(rows.slot_B[rows.series_N[saving]])
+        place = self._saved_place(age_N[saving])
+        taken = torch.from_numpy(saving).to(self._device)
+        for name, carries in (("saved_h", h_NH), ("saved_c", c_NH)):
+            table.scatter_at(name, selection, place.to(self._device), carries[taken])
+        age = torch.from_numpy(age_N[saving])
         if zeroed_N is not None:
             last_zeroed_B = np.full(width, -1, np.int64)
             places = np.flatnonzero(zeroed_N)
             last_zeroed_B[rows.series_N[places]] = places
             table.fill("saved_age", table.select(rows.slot_B[last_zeroed_B >= 0]), -1)
-            save_N &= np.arange(len(age_N)) >= last_zeroed_B[rows.series_N]
-        saving = np.flatnonzero(save_N)
-        if len(saving):
-            selection = table.select(rows.slot_B[rows.series_N[saving]])
-            age = age_N[saving]
-            place = self._saved_place(age)
-            table.scatter_at("saved_age", selection, place, torch.from_numpy(age))
-            taken = torch.from_numpy(saving).to(self._device)
-            for name, carries in (("saved_h", h_NH), ("saved_c", c_NH)):
-                table.scatter_at(name, selection, place.to(self._device), carries[taken])
+            lost = saving < last_zeroed_B[rows.series_N[saving]]
+            age[torch.from_numpy(lost)] = -1
+        table.scatter_at("saved_age", selection, place, age)
 
     def _saved_place(self, age: I64) -> Tensor:
         return torch.from_numpy((age + self._k2) // self._k1 % self._saved_ring)

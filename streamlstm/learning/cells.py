@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from streamlstm.learning.model import Parameters
+from streamlstm.learning.model import COLUMNS, Prepared
 
 # 32 rows × any width is a whole number of vector registers, and below the size at which torch splits work by threads.
 _CPU_TILE = 32
@@ -33,8 +33,7 @@ class Cell:
     """
     Advances carries by given inputs. Holds buffers only; it has no state that outlives a call.
 
-    zₜ = [xₜ, hₜ₋₁] W + b, (i, f, o) = σ(z), g = tanh(z) = 2σ(2z) − 1, cₜ = f·cₜ₋₁ + i·g, hₜ = o·tanh(cₜ). Parameters come
-    with the candidate doubled (:func:`streamlstm.learning.model.doubled_candidate`).
+    zₜ = [xₜ, hₜ₋₁] W + b, (i, f, o) = σ(z), g = tanh(z) = 2σ(2z) − 1, cₜ = f·cₜ₋₁ + i·g, hₜ = o·tanh(cₜ).
     """
 
     def __init__(self, features: int, hidden: int, device: torch.device) -> None:
@@ -44,14 +43,14 @@ class Cell:
         def buffer(width: int) -> Tensor:
             return torch.zeros((self._rows, width), device=device)
 
-        self._joined, self._gates = buffer(features + hidden), buffer(4 * hidden)
+        self._joined, self._gates = buffer(features + hidden), buffer(-(-4 * hidden // COLUMNS) * COLUMNS)
         self._x, self._h = self._joined.split([features, hidden], 1)
-        self._i, self._keep, self._s, self._o = self._gates.split(hidden, 1)
+        self._i, self._keep, self._s, self._o = self._gates[:, : 4 * hidden].split(hidden, 1)
         self._c, self._g = buffer(hidden), buffer(hidden)
 
     @torch.no_grad()
     def run(
-        self, parameters: Parameters, x_NF: Tensor, h_BH: Tensor, c_BH: Tensor, waves: Sequence[int]
+        self, parameters: Prepared, x_NF: Tensor, h_BH: Tensor, c_BH: Tensor, waves: Sequence[int]
     ) -> tuple[Tensor, Tensor, NDArray[np.bool_] | None]:
         """
         The carries after every row, ``h_NH, c_NH``, and which of them had to be zeroed (``None`` = none).
@@ -68,7 +67,7 @@ class Cell:
 
     def _sweep(
         self,
-        parameters: Parameters,
+        parameters: Prepared,
         x_NF: Tensor,
         h_BH: Tensor,
         c_BH: Tensor,
@@ -107,7 +106,7 @@ class Cell:
         self._h[: len(h_BH)] = h_BH
         self._c[: len(c_BH)] = c_BH
 
-    def _advance(self, parameters: Parameters) -> None:
+    def _advance(self, parameters: Prepared) -> None:
         """One step of the whole tile, in place."""
         torch.addmm(parameters.gate_bias, self._joined, parameters.gates, out=self._gates).sigmoid_()
         torch.sub(self._s, 0.5, out=self._g)
@@ -117,7 +116,7 @@ class Cell:
 
 
 @torch.no_grad()
-def head(parameters: Parameters, h_NH: Tensor) -> Tensor:
+def head(parameters: Prepared, h_NH: Tensor, horizons: int) -> Tensor:
     """Outputs for every horizon ``[N, K]``, in units of the series' scale; zero, the naive one, where not finite."""
     rows = tile_rows(h_NH.device)
     count, hidden = h_NH.shape
@@ -129,5 +128,5 @@ def head(parameters: Parameters, h_NH: Tensor) -> Tensor:
             padded[: len(tile)] = tile
             tile = padded
         torch.addmm(parameters.head_bias, tile, parameters.head, out=out[first : first + rows])
-    out = out[:count]
+    out = out[:count, :horizons]
     return torch.where(out.isfinite(), out, 0)

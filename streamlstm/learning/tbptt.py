@@ -15,7 +15,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from streamlstm.learning.model import Parameters, Shape, doubled_candidate, initial, view
+from streamlstm.learning.model import Prepared, Shape, initial, prepare, view
 
 Loss = Literal["huber", "mse", "mae"]
 
@@ -82,12 +82,12 @@ def gradient(flat: Tensor, shape: Shape, windows: Windows, loss: Loss) -> Gradie
     """
     w = view(flat, shape)
     f, hidden, horizons = shape
-    fast = doubled_candidate(w)
+    fast = prepare(w)
     x_TBF = windows.x_BTF.transpose(0, 1)
     steps, batch = x_TBF.shape[0], x_TBF.shape[1]
 
     # Forward. Views are made once for all steps: making one costs as much as a small operation.
-    gates = torch.matmul(x_TBF, fast.gates[:f]).add_(fast.gate_bias)
+    gates = torch.matmul(x_TBF, fast.gates[:f, : 4 * hidden]).add_(fast.gate_bias[: 4 * hidden])
     z_T = gates.unbind(0)
     i_TBH, keep_TBH, candidate_TBH, o_TBH = gates.split(hidden, 2)
     i_T, keep_T, s_T, o_T = i_TBH.unbind(0), keep_TBH.unbind(0), candidate_TBH.unbind(0), o_TBH.unbind(0)
@@ -95,7 +95,7 @@ def gradient(flat: Tensor, shape: Shape, windows: Windows, loss: Loss) -> Gradie
     c_TBH, tanh_TBH = torch.empty_like(h_TBH), torch.empty_like(h_TBH)
     h_TBH[0], c_TBH[0] = windows.h_BH, windows.c_BH
     h_T, c_T, tanh_T = h_TBH.unbind(0), c_TBH.unbind(0), tanh_TBH.unbind(0)
-    recurrent, scratch = fast.gates[f:], torch.empty_like(c_T[0])
+    recurrent, scratch = fast.gates[f:, : 4 * hidden], torch.empty_like(c_T[0])
     for t in range(steps):
         z_T[t].addmm_(h_T[t], recurrent).sigmoid_()
         # c = f·c + i·g with g = 2s − 1
@@ -199,9 +199,9 @@ class Learner:
         self._skipped_in_row = 0
         self._kept = (self._flat.clone(), self._first.clone(), self._second.clone(), 0)
 
-    def parameters(self) -> Parameters:
-        """The current weights, as the forecast path takes them: with the candidate doubled."""
-        return doubled_candidate(view(self._flat, self.shape))
+    def parameters(self) -> Prepared:
+        """The current weights, as the forecast path takes them."""
+        return prepare(view(self._flat, self.shape))
 
     def update(self, windows: Windows | None) -> Outcome:
         """

@@ -1,0 +1,259 @@
+"""The engine's laws, over random streams with resets, late, missing, duplicate and rejected records."""
+
+import itertools
+
+import numpy as np
+import pytest
+import streams
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from streamlstm.config.model import Config
+from streamlstm.engine.core import Engine
+from streamlstm.engine.report import Outcome
+from streamlstm.engine.state import EngineState
+
+KINDS = ("lockstep", "runs", "skewed", "mixed")
+
+
+def with_learning_rate(config: Config, rate: float) -> Config:
+    """Past what the configuration allows: the only way to make good weights go bad."""
+    optimizer = config.training.optimizer.model_copy(update={"lr": rate})
+    return config.model_copy(update={"training": config.training.model_copy(update={"optimizer": optimizer})})
+
+
+@st.composite
+def scenarios(draw):
+    """A configuration, a stream, and divisions of it into steps with resumes."""
+    horizons, k1 = draw(st.integers(1, 4)), draw(st.integers(1, 6))
+    config = streams.small_config(
+        model={
+            "hidden_size": draw(st.integers(1, 8)),
+            "horizons": horizons,
+            "season": draw(st.sampled_from([4, 7, "none"])),
+            "loss": draw(st.sampled_from(["mse", "huber", "mae"])),
+        },
+        training={
+            "k1": k1,
+            "k2": horizons + k1 + draw(st.integers(0, 9)),
+            "batch_series": draw(st.sampled_from([1, 3, 5, 64])),
+            "max_wait": draw(st.sampled_from([1, 2, 10, 40, 200, 5000])),
+            "guard": {"patience": draw(st.integers(1, 3))},
+        },
+        series={
+            "gap_reset": draw(st.sampled_from([None, "60s", "400s"])),
+            "interval": draw(st.sampled_from(["auto", None, "10s"])),
+            "late": draw(st.sampled_from(["drop", "dead_letter"])),
+            "max_series": draw(st.sampled_from([5, 1000])),
+        },
+    )
+    config = with_learning_rate(config, draw(st.sampled_from([1e-3, 1e-1, 1e30])))
+    count = draw(st.integers(1, 260))
+    series = draw(st.sampled_from([1, 2, 3, 7, 12, 40]))
+    batch = streams.random_batch(draw(st.integers(0, 2**31)), count, series, draw(st.sampled_from(KINDS)))
+    cuts = sorted({0, count, *draw(st.lists(st.integers(0, count), max_size=20))})
+    resumes = frozenset(draw(st.lists(st.integers(0, len(cuts)), max_size=4)))
+    return config, batch, cuts, resumes
+
+
+SLOW = settings(
+    max_examples=50,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+)
+
+
+@SLOW
+@given(scenarios())
+def test_one_step_of_n_equals_n_steps_of_one_and_resume_equals_never_stopped(scenario):
+    config, batch, cuts, resumes = scenario
+    count = cuts[-1]
+    engine, reports = streams.run(config, batch, list(range(count + 1)))
+    expected, published = engine.state(), streams.outputs(reports)
+    for division, resumed in (([0, count], frozenset()), (cuts, frozenset()), (cuts, resumes)):
+        other, others = streams.run(config, batch, division, resumed)
+        state = other.state()
+        assert streams.outputs(others) == published
+        assert state.digests() == expected.digests()
+        assert state.meta == expected.meta
+
+
+def test_the_scenarios_reach_every_rule_and_the_guard():
+    """The law above would be empty if its streams never fired rule C, never skipped and never rolled back."""
+    rules, skipped, rolled_back, outcomes, resets = set(), 0, 0, set(), 0
+    for seed in range(40):
+        waits = [1, 10, 40, 5000]
+        config = streams.small_config(training={"max_wait": waits[seed % 4], "guard": {"patience": 2}})
+        config = with_learning_rate(config, 1e30 if seed % 3 == 0 else 1e-3)
+        batch = streams.random_batch(seed, 300, 12, KINDS[seed % 4])
+        _, reports = streams.run(config, batch, [0, 300])
+        for report in reports:
+            rules |= {update.rule for update in report.updates}
+            skipped += sum(update.skipped for update in report.updates)
+            rolled_back += sum(update.rolled_back for update in report.updates)
+            outcomes |= {outcome for outcome, n in report.counts().items() if n}
+            resets += report.resets["gap"]
+    assert rules == {"A", "B", "C", "D"}
+    assert skipped
+    assert rolled_back
+    assert outcomes >= set(Outcome) - {Outcome.SKIPPED}
+    assert resets
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_weights_that_overflow_change_no_law(kind):
+    """Carries that become non-finite are zeroed, record by record, however the log is divided."""
+    config = streams.small_config(series={"gap_reset": "60s"})
+    batch = streams.random_batch(5, 200, 7, kind)
+    fresh = Engine.create(config, "cpu").state()
+    weights = {name: tensor.clone() for name, tensor in fresh.weights.items()}
+    # Level and change both high: infinity minus infinity.
+    weights["lstm.gates"][0], weights["lstm.gates"][1] = 3e38, -3e38
+    spoilt = EngineState(fresh.step, fresh.series, fresh.columns, weights, fresh.training, fresh.meta)
+
+    def run(cuts):
+        engine = Engine.restore(config, "cpu", spoilt)
+        reports = [engine.step(streams.part(batch, a, b)) for a, b in itertools.pairwise(cuts)]
+        return engine.state(), reports
+
+    state, reports = run(range(201))
+    whole_state, whole = run([0, 200])
+    assert sum(report.resets["non_finite"] for report in reports) > 0
+    assert streams.outputs(whole) == streams.outputs(reports)
+    assert whole_state.digests() == state.digests()
+    assert all(np.isfinite(report.forecasts.yhat_MK[report.forecasts.age_M > 20]).all() for report in whole)
+
+
+def shuffled(state: EngineState, seed: int) -> EngineState:
+    """The same state with every series in another slot."""
+    order = torch.from_numpy(np.random.default_rng(seed).permutation(len(state.series)))
+    columns = {name: [state.column(name)[order]] for name in state.columns}
+    series = tuple(state.series[i] for i in order.tolist())
+    return EngineState(state.step, series, columns, state.weights, state.training, state.meta)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_permuting_slots_changes_no_forecast_bit(seed):
+    config = streams.small_config(model={"hidden_size": 7})
+    batch = streams.random_batch(seed, 600, 40, KINDS[seed])
+    engine, _ = streams.run(config, batch, [0, 300])
+    state = engine.state()
+    other = Engine.restore(config, "cpu", shuffled(state, seed))
+    rest = streams.part(batch, 300, 600)
+    assert streams.outputs([other.step(rest)]) == streams.outputs([engine.step(rest)])
+    assert other.state().digests() == engine.state().digests()
+
+
+def forecasts_of(reports, series):
+    """yhat by offset, as bytes, of the named series."""
+    found = {}
+    for report in reports:
+        batch, f = report.batch, report.forecasts
+        for i, record in enumerate(f.record_M.tolist()):
+            if batch.series[batch.code[record]].key in series:
+                found[int(batch.offset[record])] = f.yhat_MK[i].tobytes()
+    return found
+
+
+def only(batch, series):
+    """The records of the named series, as a batch of their own."""
+    keep = np.array([batch.series[q].key in series for q in batch.code.tolist()])
+    names = [batch.series[q].key for q in batch.code[keep].tolist()]
+    return streams.batch_of(
+        np.array([int(name[1:]) for name in names]),
+        batch.time_ns[keep],
+        batch.target[keep],
+        batch.broker_ns[keep],
+        batch.offset[keep],
+    )
+
+
+def test_tile_neighbours_change_no_forecast_bit():
+    config = streams.small_config(training={"enabled": False}, model={"hidden_size": 7, "horizons": 3})
+    fresh = Engine.create(config, "cpu").state()
+    noise = torch.Generator().manual_seed(1)
+    weights = {name: torch.randn(t.shape, generator=noise) for name, t in fresh.weights.items()}
+    start = EngineState(fresh.step, fresh.series, fresh.columns, weights, fresh.training, fresh.meta)
+    batch = streams.random_batch(3, 900, 70, "mixed")
+    everybody = Engine.restore(config, "cpu", start).step(batch)
+    for chosen in ({"s1"}, {"s0", "s5", "s33"}, {f"s{i}" for i in range(0, 70, 2)}):
+        alone = Engine.restore(config, "cpu", start).step(only(batch, chosen))
+        assert forecasts_of([alone], chosen) == forecasts_of([everybody], chosen)
+
+
+def test_with_training_off_nan_in_one_series_changes_no_bit_of_another():
+    config = streams.small_config(training={"enabled": False})
+    batch = streams.random_batch(4, 500, 9, "mixed")
+    poisoned = batch.target.copy()
+    poisoned[np.array([batch.series[q].key == "s0" for q in batch.code.tolist()])] = np.nan
+    clean, spoilt = Engine.create(config, "cpu"), Engine.create(config, "cpu")
+    others = {f"s{i}" for i in range(1, 9)}
+    report = clean.step(batch)
+    columns = {name: getattr(batch, name) for name in batch.__slots__} | {"target": poisoned}
+    assert forecasts_of([spoilt.step(type(batch)(**columns))], others) == forecasts_of([report], others)
+
+
+@pytest.mark.parametrize("row", [40, 150, 299])
+def test_noise_after_a_row_changes_no_forecast_issued_at_or_before_it(row):
+    config = streams.small_config()
+    batch = streams.random_batch(6, 300, 5, "lockstep")
+    noisy = batch.target.copy()
+    after = batch.offset > row
+    noisy[after] = np.random.default_rng(0).normal(size=int(after.sum())) * 50
+    columns = {name: getattr(batch, name) for name in batch.__slots__} | {"target": noisy}
+    changed = type(batch)(**columns)
+    every = {f"s{i}" for i in range(5)}
+    _, reports = streams.run(config, batch, [0, 100, 300])
+    _, others = streams.run(config, changed, [0, 100, 300])
+    seen, other = forecasts_of(reports, every), forecasts_of(others, every)
+    assert {k: v for k, v in seen.items() if k <= row} == {k: v for k, v in other.items() if k <= row}
+    assert seen != other or row == 299
+
+
+def test_a_duplicate_changes_nothing():
+    config = streams.small_config(series={"interval": "10s", "gap_reset": None})
+    code, time_ns = np.zeros(60, np.int64), np.arange(60) * 10 * streams.SECOND
+    target = np.random.default_rng(2).normal(size=60)
+    again = np.r_[np.arange(60), 59, 55, 58]
+    once = Engine.create(config, "cpu")
+    twice = Engine.create(config, "cpu")
+    once.step(streams.batch_of(code, time_ns, target))
+    report = twice.step(streams.batch_of(code[again], time_ns[again], target[again] + (np.arange(63) >= 60)))
+    assert report.counts()[Outcome.DUPLICATE] == 3
+    assert {**twice.state().digests()} == {**once.state().digests()}
+
+
+def test_the_counters_add_up_to_the_records():
+    config = streams.small_config(series={"max_series": 3})
+    batch = streams.random_batch(8, 400, 12, "mixed")
+    _, reports = streams.run(config, batch, [0, 123, 400])
+    totals = sum(n for report in reports for n in report.counts().values())
+    assert totals == 400
+    assert sum(report.counts()[Outcome.SKIPPED] for report in reports) > 0
+
+
+def test_a_snapshot_does_not_change_when_the_engine_goes_on():
+    config = streams.small_config()
+    batch = streams.random_batch(9, 400, 7, "mixed")
+    engine, _ = streams.run(config, batch, [0, 200])
+    state = engine.state()
+    before = state.digests()
+    engine.step(streams.part(batch, 200, 400))
+    assert state.digests() == before
+
+
+@pytest.mark.parametrize(
+    ("sections", "named"),
+    [
+        ({"model": {"calendar": [], "hidden_size": 6}}, "carry_h"),
+        ({"model": {"calendar": [], "season": "none"}}, "season"),
+        ({"model": {"calendar": []}, "training": {"k2": 12}}, "recent_ns"),
+    ],
+)
+def test_a_state_of_another_shape_is_refused_by_name(sections, named):
+    config = streams.small_config(model={"calendar": []})
+    engine, _ = streams.run(config, streams.random_batch(1, 50, 3, "mixed"), [0, 50])
+    with pytest.raises(ValueError, match=named):
+        Engine.restore(streams.small_config(**sections), "cpu", engine.state())
