@@ -142,13 +142,15 @@ class CheckpointStore:
 
     def open(self) -> Self:
         """
-        Make the directory if it is missing, lock it, and sweep up what a killed process left.
+        Make the directory if it is missing, lock it, and sweep up what a killed process left. Nothing when it is open.
 
         Another process that holds the lock is :class:`~streamlstm.errors.Temporary` (75): it may be the one being
         replaced, on its way out, and no state is touched while it lives. A directory that cannot be used is
         :class:`~streamlstm.errors.ConfigError` (78), a disk that is full or fails
         :class:`~streamlstm.errors.CheckpointNotWritten` (74).
         """
+        if self._lock is not None:
+            return self
         try:
             if not self.directory.exists():
                 self._disk.make_directory(self.directory)
@@ -199,6 +201,7 @@ class CheckpointStore:
             read_series(_checked(path / name, listed[name]), columns) for name in sorted(listed) if _is_state(name)
         )
         series, joined = join_series(parts, columns)
+        joined |= {name: [] for name, told in meta["columns"].items() if told is None}
         if len(series) != generation.series:
             raise CheckpointError(f"{len(series)} series, and {_META} speaks of {generation.series}")
         state = EngineState(
@@ -502,7 +505,7 @@ def _is_state(name: str) -> bool:
 
 
 def _meta_of(state: EngineState, provenance: Provenance) -> dict[str, Any]:
-    settings, progress = provenance.settings, provenance.progress
+    settings, progress, columns = provenance.settings, provenance.progress, describe_columns(state)
     return {
         "step": state.step,
         "series": len(state.series),
@@ -523,8 +526,8 @@ def _meta_of(state: EngineState, provenance: Provenance) -> dict[str, Any]:
             "learning": dict(settings.learning),
         },
         "columns": {
-            name: {"dtype": column.dtype, "shape": list(column.shape)}
-            for name, column in describe_columns(state).items()
+            name: {"dtype": columns[name].dtype, "shape": list(columns[name].shape)} if name in columns else None
+            for name in state.columns
         },
         "state": state.meta,
     }
@@ -545,7 +548,7 @@ def _provenance_of(meta: dict[str, Any], fingerprint: dict[str, str]) -> Provena
 
 
 def _columns_of(meta: dict[str, Any]) -> dict[str, Column]:
-    return {name: Column(c["dtype"], tuple(c["shape"])) for name, c in meta["columns"].items()}
+    return {name: Column(c["dtype"], tuple(c["shape"])) for name, c in meta["columns"].items() if c is not None}
 
 
 def _seal(step: int, provenance: Provenance, listed: dict[str, dict[str, Value]]) -> bytes:

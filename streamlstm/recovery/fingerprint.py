@@ -30,7 +30,7 @@ def take_fingerprint(device: str, threads: int) -> dict[str, str]:
     return {
         "streamlstm": __version__,
         "python": platform.python_version(),
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),
         "numpy": np.__version__,
         "machine": platform.machine(),
         "cpu": model or platform.processor(),

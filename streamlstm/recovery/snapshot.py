@@ -81,10 +81,11 @@ class Column(NamedTuple):
 
 
 def describe_columns(state: EngineState) -> dict[str, Column]:
-    """Every column's row, by name; needed again where a checkpoint has no series yet."""
+    """Every column's row, by name, but those that have no chunk yet; needed again where there is no series yet."""
     return {
         name: Column(str(chunks[0].dtype).removeprefix("torch."), tuple(chunks[0].shape[1:]))
         for name, chunks in sorted(state.columns.items())
+        if chunks
     }
 
 

@@ -8,7 +8,7 @@ doubt ends the process, and the next start takes up what was committed.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import Literal, Protocol
 
@@ -237,7 +237,8 @@ class Daemon:
         decoded_s = self._now_s()
         report = self._engine.step(batch)
         stepped_s = self._now_s()
-        dead_letters = self._encode.encode_dead_letters(report, messages) if report.rejected else ()
+        told = _without_skipped(report) if self._pace.on_error == "skip" else report
+        dead_letters = self._encode.encode_dead_letters(told, messages) if told.rejected else ()
         if not self._open.reports:
             self._open.opened_s = stepped_s
         self._open.add(report, self._encode.encode_forecasts(report), dead_letters)
@@ -400,11 +401,16 @@ class Daemon:
             self._observer.observe_lag(self._source.lag())
 
 
+class StoppedEarly(Exception):
+    """Asked to stop before start-up was over. Nothing had been begun that must be finished."""
+
+
 class Startup:
     """What start-up finds, told to the log and the observer as it is found."""
 
-    def __init__(self, observer: Observer, log: Log, monotonic_s: Callable[[], float]) -> None:
-        self._observer, self._log, self._monotonic_s = observer, log, monotonic_s
+    def __init__(self, observer: Observer, log: Log, stop: Stop, monotonic_s: Callable[[], float]) -> None:
+        self._observer, self._log, self._stop, self._monotonic_s = observer, log, stop, monotonic_s
+        observer.observe_phase("starting")
         self._told_s = float("-inf")
 
     def found_bad(self, refused: Refused, moved_to: str) -> None:
@@ -425,11 +431,14 @@ class Startup:
         )
 
     def replayed(self, step: int, last: int) -> None:
-        """See :class:`~streamlstm.recovery.resume.Witness`."""
+        """See :class:`~streamlstm.recovery.resume.Witness`. Raises :class:`StoppedEarly` when asked to stop."""
+        if self._stop.requested:
+            raise StoppedEarly
         now_s = self._monotonic_s()
         self._observer.observe_turn(now_s)
         if now_s - self._told_s >= _LAG_EVERY_S or step == last:
             self._told_s = now_s
+            self._observer.observe_phase("replaying")
             self._log.info("replaying", step=step, last=last)
 
     def ready(self, ready: Ready) -> None:
@@ -463,6 +472,12 @@ def _bytes_by_topic(messages: Messages) -> dict[str, int]:
     for index, group in groupby(pairs, key=lambda pair: pair[0]):
         total[messages.cut[index].topic] += sum(len(value or b"") for _, value in group)
     return total
+
+
+def _without_skipped(report: StepReport) -> StepReport:
+    """What decoding rejected is counted and not published; what the engine rejected still is."""
+    skipped = set(report.batch.rejected)
+    return replace(report, rejected=tuple(r for r in report.rejected if r not in skipped))
 
 
 def _describe_rejection(batch: RecordBatch) -> str:

@@ -25,6 +25,10 @@ def test_switches_that_choose_other_kernels_matter(monkeypatch):
     assert told == ["switches was not set and is ONEDNN_MAX_CPU_ISA=AVX2"]
 
 
+def test_it_is_plain_text_that_can_be_published():
+    assert {type(value) for value in take_fingerprint("cpu", 1).values()} == {str}
+
+
 def test_versions_are_in_it():
     assert take_fingerprint("cpu", 1)["torch"] == torch.__version__
 

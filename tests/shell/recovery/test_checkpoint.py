@@ -76,6 +76,13 @@ def test_a_state_without_series_keeps_its_columns(store):
     assert store.load(0).state.digests() == state(0, series=0).digests()
 
 
+def test_a_table_that_has_no_chunk_yet_stays_one(store):
+    empty = EngineState(0, (), {"h": [], "n": []}, {"w": torch.ones(2)}, {}, {})
+    store.write(empty, provenance())
+
+    assert store.load(0).state.columns == {"h": [], "n": []}
+
+
 def test_only_we_can_read_it(store):
     write(store, 1)
 

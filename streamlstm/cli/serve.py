@@ -1,0 +1,150 @@
+"""The composition root of the service: every part made once, told of each other, and closed in the reverse order."""
+
+import secrets
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+
+import structlog
+
+from streamlstm import __version__
+from streamlstm.cli.device import prepare_device
+from streamlstm.config.keys import config_hash, identity_values, learning_values
+from streamlstm.config.model import Config
+from streamlstm.engine.core import Engine
+from streamlstm.errors import ConfigError
+from streamlstm.records.batch import Messages, RecordBatch
+from streamlstm.records.decode import Decoder, compile_decoder
+from streamlstm.recovery.background import BackgroundWriter
+from streamlstm.recovery.checkpoint import CheckpointStore, Settings
+from streamlstm.recovery.fingerprint import take_fingerprint
+from streamlstm.recovery.resume import EngineMaker, Terms, World, resume
+from streamlstm.service.daemon import Daemon, Log, Pace, Startup, StoppedEarly
+from streamlstm.service.encode import ForecastEncoder
+from streamlstm.service.http import HttpServer
+from streamlstm.service.logging import configure_logging
+from streamlstm.service.metrics import Metrics
+from streamlstm.service.observer import Observers
+from streamlstm.service.scores import WindowedScores
+from streamlstm.service.status import About, Status
+from streamlstm.service.stopping import Stop, signals_stop
+from streamlstm.transport.deadline import Deadline, leave
+from streamlstm.transport.kafka.preflight import preflight
+from streamlstm.transport.kafka.progress import KafkaProgressLog
+from streamlstm.transport.kafka.publisher import KafkaPublisher
+from streamlstm.transport.kafka.source import KafkaSource
+from streamlstm.transport.kafka.topics import check_topics
+
+
+def serve(config: Config) -> None:
+    """Run the service until it is told to stop. Raises the errors of :mod:`streamlstm.errors`."""
+    if config.source.type != "kafka":
+        raise ConfigError("source.type: run reads from kafka; files are for `streamlstm replay`")
+    configure_logging(config.logging.level, config.logging.format)
+    log = structlog.get_logger("streamlstm")
+    device = prepare_device(config)
+    log.info("starting", version=__version__, name=config.name, device=device, config=config_hash(config)[:8])
+    decoder = compile_decoder(config.decode)
+    for warning in (*preflight(config.source), *check_topics(config)):
+        log.warning(warning)
+
+    stop = Stop()
+    with ExitStack() as stack:
+        stack.enter_context(signals_stop(stop, config.runtime.shutdown_timeout, leave))
+        # Locked before a port is taken: a process that is being replaced has both, and only the lock says "wait".
+        store = CheckpointStore(Path(config.checkpoint.url)).open()
+        stack.callback(store.close)
+        observer = _watch(stack, config, device, log)
+        world, terms = _world(stack, store, config, device, _warned(decoder, log)), _terms(config, device)
+        startup = Startup(observer, log, stop, time.monotonic)
+        try:
+            ready = resume(world, terms, startup)
+        except StoppedEarly:
+            log.info("stopped while starting")
+            return
+        startup.ready(ready)
+        writer = BackgroundWriter(world.store, config.checkpoint.keep.last)
+        encoder = ForecastEncoder(config_hash(config), config.model.horizons)
+        Daemon(world, terms, ready, _pace(config), encoder, observer, log, stop, writer).run()
+
+
+def _watch(stack: ExitStack, config: Config, device: str, log: Log) -> Observers:
+    """Status, metrics and the HTTP server that answers from them."""
+    horizons = config.model.horizons
+    status = Status(
+        About(config.name, __version__, config_hash(config), device),
+        WindowedScores(horizons, config.metrics.window, seasonal=config.season is not None),
+        stall_after_s=config.http.stall_after,
+        clock_s=time.time,
+        monotonic_s=time.monotonic,
+    )
+    metrics = Metrics(status, topics=config.source.topics, horizons=horizons, learning_rate=config.learning_rate)
+    server = HttpServer(config.http.listen, status, metrics.render)
+    log.info("listening", address=server.start())
+    stack.callback(server.close)
+    return Observers(status, metrics)
+
+
+def _world(
+    stack: ExitStack, store: CheckpointStore, config: Config, device: str, decode: Callable[[Messages], RecordBatch]
+) -> World:
+    deadline = Deadline(config.runtime.deadline)
+    stack.callback(deadline.close)
+    source = KafkaSource(config, deadline)
+    stack.callback(source.close)
+    publisher = KafkaPublisher(config, deadline)
+    stack.callback(publisher.close)
+    return World(
+        store=store,
+        source=source,
+        publisher=publisher,
+        progress=KafkaProgressLog(config, deadline),
+        decode=decode,
+        maker=EngineMaker(
+            create=lambda: Engine.create(config, device),
+            restore=lambda state: Engine.restore(config, device, state),
+        ),
+        monotonic_s=time.monotonic,
+        wall_s=time.time,
+        new_id=lambda: secrets.token_hex(8),
+    )
+
+
+def _terms(config: Config, device: str) -> Terms:
+    return Terms(
+        settings=Settings(config.name, config_hash(config), identity_values(config), learning_values(config)),
+        start=config.source.start,
+        fingerprint=take_fingerprint(device, config.runtime.threads),
+        on_mismatch=config.checkpoint.on_mismatch,
+        read_timeout_s=config.runtime.deadline,
+    )
+
+
+def _pace(config: Config) -> Pace:
+    return Pace(
+        max_records=config.source.poll.max_records,
+        poll_timeout_s=config.source.poll.timeout,
+        commit_every_s=config.sink.commit_every,
+        checkpoint_every_s=config.checkpoint.every.time,
+        checkpoint_every_records=config.checkpoint.every.records,
+        trim=config.sink.progress.trim,
+        trouble_limit_s=config.runtime.deadline,
+        shutdown_timeout_s=config.runtime.shutdown_timeout,
+        on_error=config.decode.on_error,
+    )
+
+
+def _warned(decoder: Decoder, log: Log) -> Callable[[Messages], RecordBatch]:
+    """Decode, and say once that times without a zone were taken as UTC."""
+    told = False
+
+    def decode(messages: Messages) -> RecordBatch:
+        nonlocal told
+        batch = decoder.decode(messages)
+        if decoder.naive_times and not told:
+            told = True
+            log.warning("decode.timestamp: times without a zone are taken as UTC")
+        return batch
+
+    return decode
