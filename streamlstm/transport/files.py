@@ -319,7 +319,8 @@ FORECAST_SCHEMA = pa.schema(
 )
 """One row per forecast and horizon. ``ds`` is null while a series' interval is unknown, ``y`` where no truth came."""
 
-_ROWS_AT_ONCE = 1 << 18
+ROWS_AT_ONCE = 1 << 18
+"""Rows of the file that are put together in memory: the most in a row group."""
 MOST_OPEN = 1 << 24
 """Forecast values that may wait for their truth: 128 MiB of them, and as much again while they are written."""
 
@@ -336,10 +337,11 @@ class ForecastWriter:
     The file appears under its name when :meth:`close` returns, whole and durable, or not at all.
     """
 
-    def __init__(self, path: Path, *, most_open: int = MOST_OPEN) -> None:
+    def __init__(self, path: Path, *, most_open: int = MOST_OPEN, rows_at_once: int = ROWS_AT_ONCE) -> None:
         self._path = path
         self._partial = path.with_name(f".{path.name}.partial")
         self._most_open = most_open
+        self._rows_at_once = rows_at_once
         self._series: dict[SeriesId, int] = {}
         self._waiting: list[_Open] = []
         self._fresh = 0
@@ -347,7 +349,8 @@ class ForecastWriter:
         self.cut_short = 0
         """Records written before all their horizons had passed, because too many waited."""
         try:
-            self._writer = pq.ParquetWriter(self._partial, FORECAST_SCHEMA, compression="zstd")
+            self._file = self._partial.open("wb")
+            self._writer = pq.ParquetWriter(self._file, FORECAST_SCHEMA, compression="zstd")
         except OSError as why:
             raise self._failed(why) from why
 
@@ -371,7 +374,7 @@ class ForecastWriter:
             )
         )
         self._fresh += len(out.record_M)
-        if self._fresh * out.yhat_MK.shape[1] >= max(_ROWS_AT_ONCE, self._kept * out.yhat_MK.shape[1]):
+        if self._fresh * out.yhat_MK.shape[1] >= max(self._rows_at_once, self._kept * out.yhat_MK.shape[1]):
             self._settle(last=False)
 
     def close(self) -> None:
@@ -379,8 +382,9 @@ class ForecastWriter:
         try:
             self._settle(last=True)
             self._writer.close()
-            with self._partial.open("rb") as file:
-                os.fsync(file.fileno())
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()
             self._partial.replace(self._path)
             directory = os.open(self._path.parent, os.O_RDONLY)
             try:
@@ -393,10 +397,9 @@ class ForecastWriter:
 
     def discard(self) -> None:
         """Leave no file behind. Never raises."""
-        with suppress(OSError):  # the disk is full, perhaps: what was written is removed anyway
-            self._writer.close()
-        with suppress(OSError):
-            self._partial.unlink(missing_ok=True)
+        for undo in (self._writer.close, self._file.close, lambda: self._partial.unlink(missing_ok=True)):
+            with suppress(OSError):  # a full disk, perhaps: what was written goes anyway
+                undo()
 
     def __enter__(self) -> Self:
         return self
@@ -433,7 +436,7 @@ class ForecastWriter:
                 self.cut_short += excess
         place = np.flatnonzero(ready)
         place = place[np.argsort(by_series[place])]
-        step = max(1, _ROWS_AT_ONCE // horizons)
+        step = max(1, self._rows_at_once // horizons)
         for begin in range(0, len(place), step):
             some = place[begin : begin + step]
             y_SK = _truth(series, clock, life, held.target_F[by_series], some, horizons)
