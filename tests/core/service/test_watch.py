@@ -3,8 +3,8 @@ import inspect
 import pytest
 
 from streamlstm.config.model import Config
-from streamlstm.service.observer import Observer
-from streamlstm.service.watch import Observers, watch
+from streamlstm.service.observer import Observer, Observers
+from streamlstm.service.watch import watch
 
 VERBS = [name for name in vars(Observer) if name.startswith("observe_")]
 
@@ -21,7 +21,7 @@ class Notebook:
 def test_several_observers_are_all_told_the_same(verb: str) -> None:
     books = [Notebook(), Notebook()]
     facts = [object() for _ in inspect.signature(getattr(Observer, verb)).parameters][1:]
-    getattr(Observers(books), verb)(*facts)
+    getattr(Observers(*books), verb)(*facts)
     assert [book.told for book in books] == [[(verb, *facts)]] * 2
 
 
