@@ -1,12 +1,14 @@
 """kafka-python's three clients, opened and closed within bounds."""
 
 import contextlib
+import time
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeAlias
 
 from kafka import KafkaAdminClient, KafkaConsumer, KafkaProducer
 from kafka import errors as kafka_errors
+from kafka.net.compat import KafkaNetClient
 
 from streamlstm.config.model import Config, Source
 from streamlstm.errors import Unavailable
@@ -19,6 +21,25 @@ Consumer: TypeAlias = Any
 Producer: TypeAlias = Any
 
 CLOSE_TIMEOUT_S = 2.0
+_RECONNECT_PAUSE_S = 0.05
+
+
+class PatientClient(KafkaNetClient):
+    """
+    A network client that answers "not ready" where kafka-python 3.0.12's own raises.
+
+    Its one caller, the producer's sender, is written for that answer and puts the request back in its queue. On the
+    exception it forgets the request, and then a coordinator that was away for a second leaves every transaction
+    waiting for ever: for its partitions to be added, or, worse, for the end of a commit.
+    """
+
+    def await_ready(self, node_id: object, timeout_ms: int = 30_000) -> bool:  # pyright: ignore[reportIncompatibleMethodOverride], because False is the point
+        """Whether the node could be connected to."""
+        try:
+            return bool(super().await_ready(node_id, timeout_ms))
+        except kafka_errors.KafkaConnectionError:
+            time.sleep(_RECONNECT_PAUSE_S)  # the caller tries again at once
+            return False
 
 
 def open_consumer(config: Config, **settings: object) -> Consumer:
@@ -28,7 +49,7 @@ def open_consumer(config: Config, **settings: object) -> Consumer:
 
 def open_transactional_producer(config: Config) -> Producer:
     """The producer of the checked commit. Raises :class:`~streamlstm.errors.Unavailable` when no broker answers."""
-    return _open(KafkaProducer, producer_settings(config))
+    return _open(KafkaProducer, {**producer_settings(config), "kafka_client": PatientClient})
 
 
 def open_producer(settings: Mapping[str, Any]) -> Producer:

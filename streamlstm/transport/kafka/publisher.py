@@ -8,7 +8,7 @@ normally while every send has failed. So nothing is believed here but the result
 """
 
 import contextlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from kafka import errors as kafka_errors
@@ -84,23 +84,28 @@ class KafkaPublisher:
             close_producer(producer)
 
     def _commit(self, outputs: Outputs) -> int:
-        producer, config = self._producer, self._config
+        producer, timeout_s = self._producer, self._deadline.limit_s
         producer.begin_transaction()
-        sent = [
-            (config.forecast_topic, list(self._send(config.forecast_topic, outputs.forecasts))),
-            (config.dead_letter_topic, list(self._send(config.dead_letter_topic, outputs.dead_letters))),
-        ]
-        progress = producer.send(config.progress_topic, outputs.progress, partition=SHARD)
-        sent.append((config.progress_topic, [progress]))
+        sent: list[tuple[str, Any]] = []
+        refused: kafka_errors.KafkaError | None = None
+        try:
+            sent.extend(self._send(self._config.forecast_topic, outputs.forecasts))
+            sent.extend(self._send(self._config.dead_letter_topic, outputs.dead_letters))
+            progress = self._config.progress_topic
+            sent.append((progress, producer.send(progress, outputs.progress, partition=SHARD)))
+        except kafka_errors.KafkaError as error:
+            refused = error  # because an earlier one failed, most likely: that one's result has the reason
         with contextlib.suppress(kafka_errors.KafkaError):
             # It may raise "Future not done" after a failed batch, or return after a lost one: the results decide.
-            producer.flush(timeout=self._deadline.limit_s)
-        for topic, futures in sent:
-            _believe(topic, futures, self._deadline.limit_s)
+            producer.flush(timeout=timeout_s)
+        for topic, future in sent:
+            _believe(topic, future, timeout_s)
+        if refused is not None:
+            raise refused
         producer.commit_transaction()
-        return progress.value.offset
+        return sent[-1][1].value.offset
 
-    def _send(self, topic: str, messages: Sequence[OutMessage]) -> Iterable[Any]:
+    def _send(self, topic: str, messages: Sequence[OutMessage]) -> Iterator[tuple[str, Any]]:
         if not messages:
             return
         producer = self._producer
@@ -108,7 +113,7 @@ class KafkaPublisher:
         for message in messages:
             # kafka-python refuses a message with neither key nor value, which Kafka itself allows.
             value = b"" if message.key is None and message.value is None else message.value
-            yield producer.send(
+            future = producer.send(
                 topic,
                 value,
                 key=message.key,
@@ -116,13 +121,13 @@ class KafkaPublisher:
                 partition=self._partitions.choose(message.key, count),
                 timestamp_ms=message.timestamp_ms,
             )
+            yield topic, future
 
 
-def _believe(topic: str, futures: Iterable[Any], timeout_s: float) -> None:
-    """Take every result, or say what became of the first that failed."""
+def _believe(topic: str, future: Any, timeout_s: float) -> None:  # noqa: ANN401, because the client is untyped
+    """Take a result, or say what became of it."""
     try:
-        for future in futures:
-            future.get(timeout=timeout_s)
+        future.get(timeout=timeout_s)
     except kafka_errors.KafkaError as error:
         raise explain(error, f"publishing to {topic}") from error
 

@@ -1,0 +1,75 @@
+"""Brokers for tests, and a deployment of its own for each."""
+
+import os
+import uuid
+from collections.abc import Callable, Generator
+from pathlib import Path
+
+import pytest
+from broker import Cluster, NoBroker, start
+from deployment import Deployment
+
+REQUIRED = os.environ.get("STREAMLSTM_TEST_REQUIRE_BROKER") == "1"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if Path(__file__).parent in item.path.parents:
+            item.add_marker(pytest.mark.kafka)
+
+
+def _cluster(directory: Path, **kind: object) -> Generator[Cluster, None, None]:
+    try:
+        cluster = start(directory, **kind)
+    except NoBroker as reason:
+        if REQUIRED:
+            pytest.fail(f"STREAMLSTM_TEST_REQUIRE_BROKER=1, and there is no broker: {reason}")
+        pytest.skip(f"needs a Kafka broker: {reason}")
+    try:
+        yield cluster
+    finally:
+        cluster.wipe()
+
+
+@pytest.fixture(scope="session")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Generator[Cluster, None, None]:
+    """One broker for most tests. Nobody stops or pauses it."""
+    yield from _cluster(tmp_path_factory.mktemp("broker") / "one")
+
+
+@pytest.fixture(scope="session")
+def secure_cluster(tmp_path_factory: pytest.TempPathFactory) -> Generator[Cluster, None, None]:
+    """One broker with a SASL_SSL listener too."""
+    yield from _cluster(tmp_path_factory.mktemp("broker") / "secure", secure=True)
+
+
+@pytest.fixture(scope="class")
+def three_brokers(tmp_path_factory: pytest.TempPathFactory) -> Generator[Cluster, None, None]:
+    """Three brokers that a test may kill, and starts again."""
+    yield from _cluster(tmp_path_factory.mktemp("brokers") / "three", brokers=3)
+
+
+@pytest.fixture
+def own_broker(tmp_path: Path) -> Generator[Cluster, None, None]:
+    """One broker that a test may kill."""
+    yield from _cluster(tmp_path / "own")
+
+
+@pytest.fixture
+def deploy(tmp_path: Path) -> Generator[Callable[..., Deployment], None, None]:
+    """Makes deployments with names of their own, and closes what they opened."""
+    made: list[Deployment] = []
+
+    def make(cluster: Cluster, **options: object) -> Deployment:
+        made.append(Deployment(cluster, f"t{uuid.uuid4().hex[:10]}", tmp_path, **options))
+        return made[-1]
+
+    yield make
+    for deployment in made:
+        deployment.close()
+
+
+@pytest.fixture
+def deployment(deploy: Callable[..., Deployment], cluster: Cluster) -> Deployment:
+    """A deployment on the shared broker, its topics made: two input partitions."""
+    return deploy(cluster).with_topics()
