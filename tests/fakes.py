@@ -5,11 +5,12 @@ tiny engine whose every output can be told in advance. :class:`Fate` ends the pr
 
 import hashlib
 import json
-from collections.abc import Sequence
+import uuid
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import BinaryIO
+from typing import BinaryIO, Literal
 
 import numpy as np
 import torch
@@ -18,8 +19,13 @@ from streamlstm.engine.report import Forecasts, Outcome, StepReport
 from streamlstm.engine.state import EngineState
 from streamlstm.errors import LogGap
 from streamlstm.records.batch import Cut, Messages, Range, RecordBatch, Rejected, SeriesId
+from streamlstm.recovery.background import BackgroundWriter
+from streamlstm.recovery.checkpoint import CheckpointStore, Settings
 from streamlstm.recovery.disk import Disk
+from streamlstm.recovery.resume import EngineMaker, Ready, Terms, World, resume
+from streamlstm.service.daemon import Daemon, Pace, Startup
 from streamlstm.service.observer import Observers
+from streamlstm.service.stopping import Stop
 from streamlstm.transport.interfaces import Fenced, OutMessage, Outputs, Position, ProgressEntry
 
 
@@ -86,8 +92,15 @@ class Broker:
 class MemorySource:
     """Takes turns between partitions with a quantum; ``sizes`` is how many each poll may take, over and over."""
 
-    def __init__(self, broker: Broker, fate: Fate, clock: Clock, sizes: Sequence[int] = (7,)) -> None:
-        self.broker, self.fate, self.clock, self.sizes = broker, fate, clock, sizes
+    def __init__(
+        self,
+        broker: Broker,
+        fate: Fate,
+        clock: Clock,
+        sizes: Sequence[int] = (7,),
+        at_end: Callable[[], object] = lambda: None,
+    ) -> None:
+        self.broker, self.fate, self.clock, self.sizes, self.at_end = broker, fate, clock, sizes, at_end
         self.at: dict[tuple[str, int], int] = {}
         self.polls = 0
         self.group: list[Sequence[Position]] = []
@@ -112,6 +125,7 @@ class MemorySource:
                 left -= end - start
         if not ranges:
             self.clock.advance(timeout_s)
+            self.at_end()
             return None
         return self._messages(tuple(ranges))
 
@@ -430,6 +444,87 @@ class Watching(Observers):
 
     def observe_resume(self, resumed: object) -> None:
         self.resumed.append(resumed)
+
+
+PACE = Pace(
+    max_records=100,
+    poll_timeout_s=0.05,
+    commit_every_s=0.025,
+    checkpoint_every_s=1e9,
+    checkpoint_every_records=25,
+    trim=True,
+    trouble_limit_s=5.0,
+    shutdown_timeout_s=10.0,
+    on_error="dead_letter",
+)
+
+SETTINGS = Settings("n", "hash", {"name": "n", "source.start": "earliest"}, {"gain": 0.5})
+
+
+class Process:
+    """
+    One life of the service over a broker and a state directory, in memory and without threads.
+
+    :meth:`run` goes on until the input is consumed, or to its :class:`Fate`.
+    """
+
+    def __init__(
+        self,
+        broker: Broker,
+        directory: Path,
+        fate: Fate | None = None,
+        *,
+        settings: Settings = SETTINGS,
+        pace: Pace = PACE,
+        cpu: str = "any",
+        on_mismatch: Literal["rebase", "fail"] = "rebase",
+        sizes: Sequence[int] = (7,),
+        keep: int = 3,
+        disk: Disk | None = None,
+        start: str = "earliest",
+    ) -> None:
+        self.fate = fate or Fate()
+        self.clock, self.stop, self.journal, self.watching = Clock(), Stop(), Journal(), Watching()
+        self.source = MemorySource(broker, self.fate, self.clock, sizes, at_end=self.stop.request)
+        self.publisher = MemoryPublisher(broker, self.fate)
+        self.store = CheckpointStore(directory, disk or FatedDisk(self.fate))
+        gain = settings.learning["gain"]
+        self.world = World(
+            store=self.store,
+            source=self.source,
+            publisher=self.publisher,
+            progress=MemoryProgress(broker, self.fate),
+            decode=decode,
+            maker=EngineMaker(lambda: TinyEngine(gain), lambda state: TinyEngine.restore(state, gain)),
+            monotonic_s=self.clock,
+            wall_s=self.clock,
+            new_id=lambda: uuid.uuid4().hex,
+        )
+        self.terms = Terms(settings, start, fingerprint(cpu), on_mismatch, read_timeout_s=1.0)
+        self.pace, self.keep = pace, keep
+        self.ready: Ready | None = None
+        self.daemon: Daemon | None = None
+
+    def begin(self) -> Ready:
+        """Start up, and no more."""
+        startup = Startup(self.watching, self.journal, self.stop, self.clock)
+        self.ready = resume(self.world, self.terms, startup)
+        startup.ready(self.ready)
+        writer = BackgroundWriter(self.store, self.keep, start=lambda work: work())
+        self.daemon = Daemon(
+            self.world, self.terms, self.ready, self.pace, TinyEncoder(), self.watching, self.journal, self.stop, writer
+        )
+        return self.ready
+
+    def run(self) -> TinyEngine:
+        """A whole life. What the operating system does when a process ends is done here too: the lock is let go."""
+        try:
+            engine = self.begin().engine
+            assert self.daemon is not None
+            self.daemon.run()
+            return engine
+        finally:
+            self.store.close()
 
 
 def fingerprint(cpu: str = "any") -> dict[str, str]:

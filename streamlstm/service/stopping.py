@@ -10,6 +10,9 @@ from contextlib import contextmanager
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
+SAME_SIGNAL_S = 0.5
+"""One request may arrive twice: `timeout` and some supervisors signal the process and its group."""
+
 
 class Stop:
     """A request to end, set by a signal and read by the loop."""
@@ -61,7 +64,7 @@ def signals_stop(stop: Stop, timeout_s: float, leave: Callable[[str], object]) -
             for number in os.read(receiving, 64) if readable else b"":
                 if number not in SIGNALS:
                     continue
-                if stop.requested:
+                if stop.requested and timeout_s - stop.left_s(timeout_s) > SAME_SIGNAL_S:
                     leave("a second signal: leaving now; nothing is lost, the next start replays the rest")
                     return
                 stop.request()
