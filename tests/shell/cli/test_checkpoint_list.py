@@ -1,0 +1,90 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from streamlstm.cli.main import main
+from streamlstm.engine.state import EngineState
+from streamlstm.records.batch import SeriesId
+from streamlstm.recovery.checkpoint import CheckpointStore, Provenance, Settings
+from streamlstm.transport.interfaces import Position
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> str:
+    """A configuration whose checkpoints are of steps 0 and 7."""
+    store = CheckpointStore(tmp_path / "state").open()
+    for step, series in ((0, ()), (7, (SeriesId("in", 0, "a"),))):
+        state = EngineState(step, series, {"n": [torch.zeros(1)]}, {}, {}, {})
+        made = Provenance(
+            lineage="L",
+            incarnation="i",
+            positions=(Position("in", 0, 10 * step),),
+            topic_ids={},
+            progress=None,
+            settings=Settings("n", "0123456789abcdef", {}, {}),
+            fingerprint={},
+            created_ms=1_795_075_200_000,
+        )
+        store.write(state, made)
+    store.close()
+    file = tmp_path / "c.yaml"
+    decode = {"series_id": ["$.id"], "timestamp": {"path": "$.ts"}, "target": "$.v"}
+    written = {
+        "version": 1,
+        "source": {"topics": ["in"]},
+        "decode": decode,
+        "checkpoint": {"url": str(tmp_path / "state")},
+    }
+    file.write_text(json.dumps(written))
+    return str(file)
+
+
+def listed(capsys, config: str) -> dict:
+    assert main(["checkpoint", "list", "-c", config, "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_each_checkpoint_is_a_line(capsys, config):
+    assert main(["checkpoint", "list", "-c", config]) == 0
+    header, first, second = capsys.readouterr().out.splitlines()
+    assert header.split() == ["step", "time", "bytes", "series", "valid", "positions"]
+    assert first.split()[0] == "0"
+    assert [second.split()[i] for i in (0, 1, 3, 4, 5)] == ["7", "2026-11-19T08:00:00Z", "1", "yes", "in-0@70"]
+
+
+def test_json_has_the_positions(capsys, config):
+    last = listed(capsys, config)["checkpoints"][-1]
+    assert last["positions"] == [{"topic": "in", "partition": 0, "next_offset": 70}]
+    assert last["config"] == "01234567"
+
+
+def test_a_bad_one_is_listed_with_its_reason_and_left_alone(capsys, config, tmp_path):
+    damaged = tmp_path / "state" / f"{7:020d}" / "model.pt"
+    damaged.write_bytes(b"")
+
+    first, second = listed(capsys, config)["checkpoints"]
+
+    assert first["valid"]
+    assert not second["valid"]
+    assert second["reason"].startswith("model.pt has 0 bytes")
+    assert damaged.exists()
+
+
+def test_a_running_service_is_not_disturbed(capsys, config, tmp_path):
+    running = CheckpointStore(tmp_path / "state").open()
+    assert len(listed(capsys, config)["checkpoints"]) == 2
+    running.close()
+
+
+def test_those_put_aside_are_named(capsys, config, tmp_path):
+    store = CheckpointStore(tmp_path / "state").open()
+    store.put_aside(7)
+    store.close()
+    assert listed(capsys, config)["put_aside"] == [f"{7:020d}.bad-1"]
+
+
+def test_where_nothing_is_there_it_says_so(capsys, config, tmp_path):
+    assert main(["checkpoint", "list", "-c", config, "--set", f"checkpoint.url={tmp_path / 'none'}"]) == 0
+    assert capsys.readouterr().out == f"no checkpoint in {tmp_path / 'none'}\n"
