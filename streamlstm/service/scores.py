@@ -161,7 +161,7 @@ class StreamScores:
             return
         self._series = max(self._series, int(np.max(series_M)) + 1)
         self._learn_values(np.asarray(series_M, np.int64), value_M)
-        counts_MK = settled_offset_MK >= self._score_from - 1
+        counts_MK = settled_offset_MK >= max(0, self._score_from - 1)
         known_MXK = np.isfinite(error_MXK) & counts_MK[:, None, :]
         both_MXK = known_MXK & known_MXK[:, MODEL : MODEL + 1]
         error_MXK = np.where(known_MXK, error_MXK, 0.0)
