@@ -36,7 +36,7 @@ class Deployment:
 
     def with_topics(self, partitions: int = 2, **input_settings: str) -> "Deployment":
         """The input, and those of the deployment."""
-        self.make_topic(self.input, partitions, **input_settings)
+        self.make_topic(self.input, partitions, **{"retention_ms": "-1", **input_settings})
         create_topics(self.config)
         return self
 

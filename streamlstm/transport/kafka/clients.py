@@ -44,7 +44,9 @@ class PatientClient(KafkaNetClient):
 
 def open_consumer(config: Config, **settings: object) -> Consumer:
     """A consumer with nothing assigned. Raises :class:`~streamlstm.errors.Unavailable` when no broker answers."""
-    return _open(KafkaConsumer, {**consumer_settings(config), **settings})
+    consumer = _open(KafkaConsumer, {**consumer_settings(config), **settings})
+    _mend_resume(consumer)
+    return consumer
 
 
 def open_transactional_producer(config: Config) -> Producer:
@@ -85,6 +87,24 @@ def close_producer(producer: Producer) -> None:
         producer._sender.force_close()  # noqa: SLF001, because close() does not get there
     with contextlib.suppress(Exception):
         producer.close(timeout=0)
+
+
+def _mend_resume(consumer: Consumer) -> None:
+    """
+    Let a resumed partition be read again.
+
+    What was fetched of a paused partition is parked, and taken up again when the slot for the records in hand is
+    ``None``. kafka-python 3.0.12 leaves a drained, empty object there instead, and the partition never moves again.
+    """
+    fetcher = consumer._fetcher  # noqa: SLF001, because nothing public reaches the slot
+    take = fetcher.fetched_records
+
+    def fetched_records(*args: object, **kwargs: object) -> object:
+        if not fetcher._next_partition_records:  # noqa: SLF001, because see above
+            fetcher._next_partition_records = None  # noqa: SLF001, because see above
+        return take(*args, **kwargs)
+
+    fetcher.fetched_records = fetched_records
 
 
 def _open(kind: Callable[..., Any], settings: Mapping[str, Any]) -> Any:  # noqa: ANN401, because see above

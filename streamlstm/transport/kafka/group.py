@@ -13,6 +13,8 @@ from streamlstm.transport.interfaces import Position
 from streamlstm.transport.kafka.clients import CLOSE_TIMEOUT_S, Admin, admin
 
 EVERY_S = 5.0
+_RETRY_S = 0.5
+_TELL_AFTER = 4  # the first commit of a cluster's life finds no coordinator for a while
 
 _log = logging.getLogger(__name__)
 
@@ -22,17 +24,18 @@ class GroupOffsets:
     Commits the newest positions offered to it, every so often, from a thread of its own.
 
     The consumer that reads has no group: with one, a coordinator that is away or not authorised would hold up its
-    polls. Failures are told once, at warning, and again only after a success.
+    polls. Failing again and again is told once, at warning, and not again before a success.
     """
 
     def __init__(self, config: Config, every_s: float = EVERY_S) -> None:
         self._config = config
         self._every_s = every_s
-        self._newest: Sequence[Position] | None = None
+        self._newest: Sequence[Position] = ()
+        self._committed: Sequence[Position] = ()
         self._offered = threading.Event()
         self._closing = threading.Event()
         self._thread: threading.Thread | None = None
-        self._complained = False
+        self._failures = 0
 
     def offer(self, positions: Sequence[Position]) -> None:
         """Commit these, soon, unless newer ones come first. Never blocks, never raises."""
@@ -50,33 +53,30 @@ class GroupOffsets:
             self._thread.join(CLOSE_TIMEOUT_S)
 
     def _run(self) -> None:
-        while not self._closing.is_set():
+        while not (self._closing.is_set() and (self._failures or self._newest is self._committed)):
             try:
                 with admin(self._config.source) as client:
-                    self._commit_until_closed(client)
+                    self._commit_while_well(client)
             except (StreamlstmError, kafka_errors.KafkaError, OSError) as error:
-                level = logging.DEBUG if self._complained else logging.WARNING
+                self._failures += 1
+                level = logging.WARNING if self._failures == _TELL_AFTER else logging.DEBUG
                 _log.log(level, "group %s: offsets for lag tools not committed: %s", self._config.name, error)
-                self._complained = True
-                self._closing.wait(self._every_s)
+                self._closing.wait(min(self._every_s, _RETRY_S * self._failures))
 
-    def _commit_until_closed(self, client: Admin) -> None:
+    def _commit_while_well(self, client: Admin) -> None:
         while True:
-            self._offered.wait()
-            self._offered.clear()
-            positions, self._newest = self._newest, None
-            if positions is not None:
+            positions = self._newest
+            if positions is not self._committed:
                 self._commit(client, positions)
-            if self._closing.is_set() and self._newest is None:
+                self._committed, self._failures = positions, 0
+            if self._closing.is_set() and self._newest is positions:
                 return
             self._closing.wait(self._every_s)
+            self._offered.wait()
+            self._offered.clear()
 
     def _commit(self, client: Admin, positions: Sequence[Position]) -> None:
-        offsets = {
-            TopicPartition(p.topic, p.partition): OffsetAndMetadata(p.next_offset, "", -1) for p in positions
-        }  # fmt: skip
-        results = client.alter_group_offsets(self._config.name, offsets)
-        for kind in results.values():
+        offsets = {TopicPartition(p.topic, p.partition): OffsetAndMetadata(p.next_offset, "", -1) for p in positions}
+        for kind in client.alter_group_offsets(self._config.name, offsets).values():
             if kind is not kafka_errors.NoError:
                 raise kind(self._config.name)
-        self._complained = False

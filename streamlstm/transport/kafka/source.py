@@ -90,7 +90,6 @@ class KafkaSource:
             _Partition(TopicPartition(topic.name, partition)) for topic in topics for partition in topic.partitions
         ]
         self._by_name = {p.tp: p for p in self._partitions}
-        self._consumer.assign([p.tp for p in self._partitions])
         self._first = 0
         self._most = config.source.poll.max_records
         self._most_bytes = max(1 << 20, BUFFER_BYTES // max(1, len(self._partitions)))
@@ -184,7 +183,7 @@ class KafkaSource:
     def lag(self) -> Mapping[tuple[str, int], int]:
         """See :class:`~streamlstm.transport.interfaces.LiveSource`. As of the last fetch of each partition."""
         lag: dict[tuple[str, int], int] = {}
-        for p in self._partitions:
+        for p in self._sought():
             end = self._consumer.highwater(p.tp)
             position = p.cut_end if p.records else p.read_end
             if end is not None and position is not None:
@@ -210,8 +209,14 @@ class KafkaSource:
         return topics
 
     def _seek(self, partition: _Partition, offset: int) -> None:
+        """Assign it, too, if this is its first position: the client polls nothing while any partition has none."""
+        if partition.read_end is None:
+            self._consumer.assign([p.tp for p in self._sought()] + [partition.tp])
         self._consumer.seek(partition.tp, offset)
         partition.forget(offset)
+
+    def _sought(self) -> list[_Partition]:
+        return [p for p in self._partitions if p.read_end is not None]
 
     def _fill(self, timeout_s: float, needed: _Partition | None = None) -> None:
         """
@@ -220,27 +225,29 @@ class KafkaSource:
         A partition whose buffer is full is paused, so that the client keeps the rest and goes on with the others;
         ``needed`` never is.
         """
-        for p in self._partitions:
-            full = p is not needed and (len(p.records) >= self._most or p.size >= self._most_bytes)
-            if full != p.paused:
-                (self._consumer.pause if full else self._consumer.resume)(p.tp)
-                p.paused = full
+        sought = self._sought()
+        for p in sought:
+            self._pause(p, p is not needed and self._full(p))
         wait_ms = int(1000 * timeout_s)
-        while not all(p.paused for p in self._partitions):
+        while not all(p.paused for p in sought):
             fetched = self._fetch(wait_ms)
             wait_ms = 0
             for tp, records in fetched.items():
                 partition = self._by_name[tp]
                 partition.add(records)
-                if partition is not needed and (
-                    len(partition.records) >= self._most or partition.size >= self._most_bytes
-                ):
-                    self._consumer.pause(tp)
-                    partition.paused = True
-            if not fetched or (needed is not None and needed.records and len(needed.records) >= self._most):
+                self._pause(partition, partition is not needed and self._full(partition))
+            if not fetched or (needed is not None and self._full(needed)):
                 break
-        for p in self._partitions:
+        for p in sought:
             p.read_end = self._position(p)
+
+    def _full(self, partition: _Partition) -> bool:
+        return len(partition.records) >= self._most or partition.size >= self._most_bytes
+
+    def _pause(self, partition: _Partition, pause: bool) -> None:  # noqa: FBT001, because it is the state to have
+        if pause != partition.paused:
+            (self._consumer.pause if pause else self._consumer.resume)(partition.tp)
+            partition.paused = pause
 
     def _fetch(self, wait_ms: int) -> Mapping[TopicPartition, Sequence[Any]]:
         with self._deadline.guard("reading the input"):
