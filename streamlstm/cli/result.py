@@ -50,7 +50,7 @@ def as_lines(result: Result, *, recorded: bool) -> Iterator[str]:
 def _table(result: Result) -> Iterator[str]:
     """MSE and MAE by horizon and expert, and the model's skill against the others."""
     score, config = result.score, result.config
-    experts = [x for x, name in enumerate(EXPERTS) if name != "seasonal_naive" or config.season is not None]
+    experts = _experts(config)
     names = [_NAMES[EXPERTS[x]] for x in experts]
     what = "raw" if result.standardise is None else f"standardised by the first {result.standardise:,} values"
     where = f", scored from row {result.score_from:,}" if result.score_from else ""
@@ -70,6 +70,11 @@ def _table(result: Result) -> Iterator[str]:
     yield ""
 
 
+def _experts(config: Config) -> list[int]:
+    """Those that are worth showing: without a season the seasonal naive is the last value again."""
+    return [x for x, name in enumerate(EXPERTS) if name != "seasonal_naive" or config.season is not None]
+
+
 def _number(value: float, spec: str = ".4f") -> str:
     if math.isnan(value):
         return f"{'–':>11}"
@@ -80,9 +85,10 @@ def _number(value: float, spec: str = ".4f") -> str:
 def as_json_text(result: Result) -> str:
     """All of it, every horizon; what is not known is null."""
     score, summary, horizons = result.score, result.summary, result.config.model.horizons
+    experts = _experts(result.config)
 
     def by_expert(values_XK1: NDArray[Any], k: int, first: int = 0) -> dict[str, float]:
-        return {name: values_XK1[x, k].item() for x, name in enumerate(EXPERTS) if x >= first}
+        return {EXPERTS[x]: values_XK1[x, k].item() for x in experts[first:]}
 
     value = {
         "records": {outcome.name.lower(): n for outcome, n in summary.records.items()},
