@@ -165,17 +165,18 @@ class TimeReader:
         """
         As :func:`ns_of_float`, at once for all that are whole, or have no more digits than the microsecond.
 
-        ``u / 10⁶ == x`` says that x is the float nearest to the decimal u · 10⁻⁶. Below 2³² two such decimals
-        never share a float, so that decimal is also the shortest. The same holds for milliseconds below 2⁴².
+        ``u / 10⁶ == x`` says that x is the float nearest to the decimal u · 10⁻⁶. Of seconds below 2³³ two such
+        decimals never share a float, so that decimal is also the shortest; LIMIT_NS lies below. The same holds for
+        milliseconds with three digits below 2⁴³.
         """
         factor = self._factors(x)
         inside = np.abs(x) <= np.minimum(LIMIT_NS // factor, 1 << 53)
         safe = np.where(inside, x, 0.0)
         done = inside & (np.rint(safe) == safe)
         ns = np.where(done, safe, 0.0).astype(np.int64) * np.where(done, factor, 0)
-        for unit, scale, below in ((10**9, 1e6, 2.0**32), (10**6, 1e3, 2.0**42)):
+        for unit, scale in ((10**9, 1e6), (10**6, 1e3)):
             part = np.rint(safe * scale)
-            exact = ~done & inside & (factor == unit) & (np.abs(safe) < below) & (part / scale == safe)
+            exact = ~done & inside & (factor == unit) & (part / scale == safe)
             ns[exact] = part[exact].astype(np.int64) * 1000
             done |= exact
         unfit: dict[int, Unfit] = {}

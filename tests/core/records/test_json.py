@@ -213,6 +213,32 @@ def test_the_same_key_on_two_partitions_is_two_series() -> None:
     assert batch.range_index.tolist() == [0, 0, 1, 2, 3]
 
 
+def test_series_stand_in_order_of_first_appearance_whatever_came_before() -> None:
+    d = decoder()
+    d.decode(messages(*(b'{"id":"%s","t":1,"y":1}' % name for name in (b"a", b"b", b"c"))))
+    batch = d.decode(messages(*(b'{"id":"%s","t":2,"y":1}' % name for name in (b"c", b"a", b"c", b"b"))))
+    assert [series.key for series in batch.series] == ["c", "a", "b"]
+    assert batch.code.tolist() == [0, 1, 0, 2]
+
+
+def test_every_key_of_every_partition_and_target_is_its_own_series() -> None:
+    keys = [b"a", b"b", b"c", b"d"]
+    cut = tuple(Range("in", p, 0, len(keys)) for p in range(3))
+    batch = decoder(target={"x": "$.x", "y": "$.y"}).decode(
+        Messages(
+            cut=cut,
+            range_index=np.repeat(np.arange(3, dtype=np.int32), len(keys)),
+            offset=np.tile(np.arange(len(keys)), 3),
+            broker_ns=np.full(3 * len(keys), 1),
+            key=[None] * 3 * len(keys),
+            value=[b'{"id":"%s","t":1,"x":1,"y":2}' % key for key in keys] * 3,
+        )
+    )
+    want = [SeriesId("in", p, f"{key.decode()}|{field}") for p in range(3) for key in keys for field in "xy"]
+    assert [batch.series[code] for code in batch.code] == want
+    assert len(batch.series) == len(want)
+
+
 # Times
 
 

@@ -194,6 +194,16 @@ def test_too_many_that_wait_are_written_oldest_first_with_what_has_come(tmp_path
     assert first[size : 2 * size].count(3.0) >= size // 2
 
 
+def test_what_is_left_at_the_end_is_written_in_the_order_of_the_log(tmp_path: Path) -> None:
+    with ForecastWriter(tmp_path / "f.parquet", rows_at_once=4) as writer:
+        for n in range(6):
+            writer.write(report([(s, n, n + 1, 1.0) for s in "abc"], start=3 * n))
+        left = sorted(int(offset) for part in writer._waiting for offset in part.offset_F)
+    offsets = pq.read_table(tmp_path / "f.parquet", columns=["offset"])["offset"].to_pylist()
+    assert offsets[-3 * len(left) :] == [offset for offset in left for _ in range(3)]
+    assert len(left) > 3
+
+
 def test_memory_is_bounded_by_what_waits_and_not_by_the_stream(tmp_path: Path) -> None:
     horizons, rounds = 24, 3000
     with ForecastWriter(tmp_path / "f.parquet") as writer:
