@@ -11,7 +11,7 @@ from typing import Any, Literal
 from kafka import errors as kafka_errors
 from kafka.admin import ConfigResource, ConfigResourceType
 
-from streamlstm.config.model import Config
+from streamlstm.config.model import Config, Source
 from streamlstm.errors import ConfigError, NotAuthorised
 from streamlstm.transport.kafka.clients import Admin, admin
 from streamlstm.transport.kafka.explain import explain, explained
@@ -102,18 +102,19 @@ def _settings(client: Admin, names: Sequence[str]) -> dict[str, dict[str, str | 
     return {name: {key: entry["value"] for key, entry in described[name].items()} for name in names if described[name]}
 
 
+def no_such_topic(source: Source, topic: str) -> ConfigError:
+    """The one line about a topic to read or fill, and what to do next."""
+    return ConfigError(
+        f"{topic}: no such topic at {', '.join(source.bootstrap_servers)}; check the name, or make it and fill it with "
+        f"`streamlstm produce --to {topic} --create-topic --from FILE`"
+    )
+
+
 def missing(config: Config, topics: Iterable[str]) -> ConfigError:
-    """The one line about topics that are not there, and what to do next."""
+    """The same about several, of which some may be ours."""
     wanted = sorted(topics)
-    inputs = [t for t in wanted if t in config.source.topics]
-    ours = [t for t in wanted if t not in config.source.topics]
-    parts: list[str] = []
-    if inputs:
-        parts.append(
-            f"source.topics: {', '.join(inputs)}: no such topic at {', '.join(config.source.bootstrap_servers)}; "
-            "check the name, or fill it with `streamlstm produce --create-topic`"
-        )
-    if ours:
+    parts = [str(no_such_topic(config.source, topic)) for topic in wanted if topic in config.source.topics]
+    if ours := [topic for topic in wanted if topic not in config.source.topics]:
         parts.append(f"{', '.join(ours)}: no such topic; make it with `streamlstm topics create -c FILE`")
     return ConfigError("; ".join(parts))
 
@@ -137,6 +138,7 @@ def check_topics(config: Config) -> list[str]:
     inputs = [there[name] for name in config.source.topics]
     warnings += [w for topic in inputs for w in _input_warnings(topic)]
     warnings += _room_for_dead_letters(dead_letters, inputs)
+    warnings += [w for topic in inputs for w in _kept_too_short(forecasts, topic)]
     return warnings
 
 
@@ -184,6 +186,17 @@ def _input_warnings(topic: Topic) -> list[str]:
     policy = (topic.settings or {}).get("cleanup.policy") or "delete"
     if "compact" in policy:
         return [f"{topic.name} is compacted: recorded steps whose records are gone cannot be replayed to the same bits"]
+    return []
+
+
+def _kept_too_short(forecasts: Topic, topic: Topic) -> list[str]:
+    """A forecast has its record's timestamp, so retention may delete it as soon as it is made."""
+    kept_ms, input_ms = ((t.settings or {}).get("retention.ms") for t in (forecasts, topic))
+    if kept_ms is None or input_ms is None or kept_ms == _FOR_EVER:
+        return []
+    if input_ms == _FOR_EVER or int(input_ms) > int(kept_ms):
+        shorter = f"{forecasts.name} has retention.ms={kept_ms} and {topic.name} {input_ms}"
+        return [f"{shorter}: forecasts of its older records are deleted as soon as they are made"]
     return []
 
 
