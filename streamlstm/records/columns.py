@@ -14,13 +14,13 @@ from numpy.typing import NDArray
 
 from streamlstm.records.batch import F64, I32, I64, Messages, Reason, RecordBatch, Rejected, SeriesId
 from streamlstm.records.mapping import FIELD, Meta, Path, Plan
-from streamlstm.records.times import TimeReader
+from streamlstm.records.times import LIMIT_NS, TimeReader
 from streamlstm.records.values import NumberColumn, Raw, Unfit, text_of
 
 LONGEST_PATH = 200
 """Characters of a path in a :class:`Rejected`: a producer names the fields of ``$.*``."""
 
-_MOST_NAMES = 1 << 18
+MOST_NAMES = 1 << 18
 """Names kept between cuts; beyond that they are forgotten and met anew, which changes no result."""
 
 
@@ -106,8 +106,9 @@ def join_parts(parts: Sequence[str]) -> str:
 class Assembler:
     """Gives rows their series and their times. What it remembers between cuts is for speed only."""
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: Plan, *, most_names: int = MOST_NAMES) -> None:
         self._plan = plan
+        self._most_names = most_names
         self.times = TimeReader(plan.unit)
         self._bases: dict[tuple[str, ...], int] = {}
         self._base_parts: list[tuple[str, ...]] = []
@@ -169,7 +170,8 @@ class Assembler:
                 stuck, message = absent, "no time"
             else:
                 ns_O[absent] = broker_O[absent]
-                stuck, message = absent[broker_O[absent] < 0], "no time, and the broker gave none"
+                usable = (broker_O[absent] >= 0) & (broker_O[absent] <= LIMIT_NS)
+                stuck, message = absent[~usable], "no time, and none from the broker"
             for o in stuck.tolist():
                 faults.setdefault(o, Fault("mapping", path, message))
         return ns_O
@@ -180,7 +182,7 @@ class Assembler:
         """The distinct series in order of first appearance, and which one each record belongs to."""
         if not len(observation_N):
             return (), np.empty(0, np.int32)
-        if len(self._bases) > _MOST_NAMES or len(self._series) > _MOST_NAMES:
+        if max(len(self._bases), len(self._series)) > self._most_names:
             self._bases.clear()
             self._base_parts.clear()
             self._series.clear()

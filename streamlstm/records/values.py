@@ -165,7 +165,7 @@ def _is_plain(column: Sequence[str]) -> bool:
 
 
 def _within_float32(x: float) -> float | Unfit:
-    return x if abs(x) <= FLOAT32_MAX else NON_FINITE
+    return NON_FINITE if abs(x) > FLOAT32_MAX else x
 
 
 def _split(each: list[float | Unfit]) -> NumberColumn:

@@ -5,12 +5,15 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
-from cuts import BROKER_NS, decoder, keys_of, messages, reasons
+from cuts import BROKER_NS, decode_section, decoder, keys_of, messages, reasons
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from streamlstm.records.batch import REASONS, Messages, Range, RecordBatch, SeriesId
-from streamlstm.records.json import DEEPEST, depth
+from streamlstm.records.columns import Assembler
+from streamlstm.records.decode import Decoder
+from streamlstm.records.json import DEEPEST, JsonReader, depth
+from streamlstm.records.mapping import compile_plan
 
 S = 10**9
 
@@ -221,6 +224,14 @@ def test_series_stand_in_order_of_first_appearance_whatever_came_before() -> Non
     assert batch.code.tolist() == [0, 1, 0, 2]
 
 
+def test_names_that_are_forgotten_change_no_result() -> None:
+    plan = compile_plan(decode_section(target="$.*"))
+    forgetful = Decoder(JsonReader(plan), Assembler(plan, most_names=2))
+    for start in (0, 3, 1, 4, 0):
+        cut = messages(*(b'{"id":%d,"t":1,"x":1,"y":2}' % (start + i) for i in range(4)))
+        assert facts(forgetful.decode(cut)) == facts(decoder(target="$.*").decode(cut))
+
+
 def test_every_key_of_every_partition_and_target_is_its_own_series() -> None:
     keys = [b"a", b"b", b"c", b"d"]
     cut = tuple(Range("in", p, 0, len(keys)) for p in range(3))
@@ -252,6 +263,15 @@ def test_without_a_brokers_time_or_by_policy_it_is_a_dead_letter() -> None:
     assert reasons(decoder().decode(messages(value, broker_ns=-1))) == [(0, 0, "mapping", "$.t")]
     strict = decoder(timestamp={"path": "$.t", "fallback": "none"})
     assert reasons(strict.decode(messages(value))) == [(0, 0, "mapping", "$.t")]
+
+
+def test_a_brokers_time_that_is_out_of_range_is_none() -> None:
+    value = b'{"id":"a","y":1}'
+    assert reasons(decoder().decode(messages(value, broker_ns=2**62 + 1))) == [(0, 0, "mapping", "$.t")]
+
+
+def test_without_a_time_path_the_brokers_time_is_meant() -> None:
+    assert decoder(timestamp={"path": []}).decode(messages(b'{"id":"a","y":1}')).time_ns.tolist() == [BROKER_NS]
 
 
 def test_several_time_paths_are_joined_by_a_space() -> None:

@@ -5,6 +5,7 @@ from cuts import decode_section
 
 from streamlstm.errors import ConfigError
 from streamlstm.records.mapping import FIELD, Meta, compile_plan, parse_column, parse_path
+from streamlstm.records.values import Unfit
 
 
 @pytest.mark.parametrize(
@@ -73,6 +74,14 @@ def test_every_problem_is_told_with_its_key_and_its_fix() -> None:
 def test_a_wildcard_stands_at_the_end_only() -> None:
     assert "decode.target" in problems(target="$.a.*.b")
     assert "decode.target.x" in problems(target={"x": "$.a.*"})
+
+
+def test_an_item_is_asked_of_an_array_only() -> None:
+    assert parse_path("$.a[0]").find({"a": {"0": 1}}) == Unfit("expected an array, found an object")
+
+
+def test_an_empty_map_is_no_target() -> None:
+    assert "name at least one" in problems(target={})
 
 
 def test_explode_starts_at_the_message() -> None:

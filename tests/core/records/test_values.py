@@ -59,6 +59,7 @@ raws = st.one_of(
 @given(st.lists(raws, max_size=8))
 @example([1, 2.0, None])
 @example([10**400, 1.0])
+@example([float("nan"), "1"])
 def test_a_column_of_numbers_is_read_like_each(column: list[Raw]) -> None:
     values, unfit = numbers(column)
     for i, raw in enumerate(column):
