@@ -43,10 +43,10 @@ _CLOCK_OF_DAY = _clocks_of_day()
 
 class ForecastEncoder:
     """
-    What one deployment publishes: forecasts, with key = series id and timestamp = the record's event time in ms.
+    What one deployment publishes: forecasts, with key = series id and the timestamp of their input message.
 
-    A message's timestamp is never later than that of its input message: a broker refuses what lies more than an hour
-    ahead of its clock, which an event time may.
+    Not the event time: the broker's retention goes by a message's timestamp and would delete the forecasts of a
+    backfill as they are written, and it refuses what lies ahead of its clock. The event time is the ``cutoff``.
 
     :param config_hash: hex digest of the configuration; its first 8 digits go into every forecast.
     """
@@ -196,9 +196,8 @@ def _format_due_times(time_ns_M: I64, interval_ns_M: I64, horizons: int) -> tupl
 
 
 def _stamps_ms(time_ns_M: I64, broker_ns_M: I64) -> I64:
-    """The event time, but not after the input message's own timestamp and not before the epoch."""
-    stamp_ns_M = np.where(broker_ns_M >= 0, np.minimum(time_ns_M, broker_ns_M), time_ns_M)
-    return np.maximum(stamp_ns_M, 0) // 1_000_000
+    """The input message's own timestamp; the event time, but not before the epoch, where it had none."""
+    return np.where(broker_ns_M >= 0, broker_ns_M, np.maximum(time_ns_M, 0)) // 1_000_000
 
 
 def _format_floats(values: F64) -> list[bytes]:
