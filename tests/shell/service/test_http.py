@@ -175,6 +175,18 @@ def test_three_hundred_idle_connections_keep_nobody_waiting(address: tuple[str, 
         assert time.monotonic() - started < 0.5
 
 
+def test_the_oldest_connection_makes_room_when_there_are_too_many(answers: Answers) -> None:
+    server = HttpServer("127.0.0.1:0", answers, render, max_connections=2, head_timeout_s=30.0)
+    host, port = server.start().split(":")
+    with ExitStack() as stack:
+        stack.callback(server.close)
+        oldest, _, newest = (stack.enter_context(socket.create_connection((host, int(port)), timeout=5)) for _ in "123")
+        with suppress(ConnectionResetError):
+            assert oldest.recv(1) == b""
+        newest.sendall(b"GET /healthz HTTP/1.1\r\n\r\n")
+        assert newest.recv(100).startswith(b"HTTP/1.1 200 OK")
+
+
 def test_a_connection_that_says_nothing_is_closed(address: tuple[str, int]) -> None:
     with socket.create_connection(address, timeout=5) as connection:
         started = time.monotonic()
