@@ -1,0 +1,59 @@
+"""The progress log, against a real broker."""
+
+import threading
+
+import pytest
+from broker import wait_until
+from deployment import Deployment, outputs
+
+from streamlstm.transport.interfaces import ProgressEntry
+
+
+def test_an_empty_log_is_empty(deployment: Deployment) -> None:
+    assert deployment.progress().read() == []
+
+
+def test_what_was_aborted_was_never_there(deployment: Deployment) -> None:
+    producer = deployment.producer(transactional_id=f"{deployment.name}-0")
+    producer.init_transactions()
+    for value, commit in ((b"1", True), (b"torn", False), (b"2", True)):
+        producer.begin_transaction()
+        producer.send(deployment.config.progress_topic, value, partition=0).get(10)
+        (producer.commit_transaction if commit else producer.abort_transaction)()
+    assert [e.value for e in deployment.progress().read()] == [b"1", b"2"]
+
+
+def test_a_transaction_that_is_open_is_waited_for(deployment: Deployment) -> None:
+    producer = deployment.producer(transactional_id=f"{deployment.name}-0")
+    producer.init_transactions()
+    producer.begin_transaction()
+    producer.send(deployment.config.progress_topic, b"in the making", partition=0).get(10)
+    found: list[list[ProgressEntry]] = []
+    thread = threading.Thread(target=lambda: found.append(deployment.progress().read()))
+    thread.start()
+    thread.join(1.5)
+    assert thread.is_alive(), "it ended before the transaction did"
+    producer.commit_transaction()
+    wait_until(lambda: bool(found), 10, "it ends with the transaction")
+    thread.join()
+    assert [e.value for e in found[0]] == [b"in the making"]
+
+
+def test_trimming_forgets_what_is_older(deployment: Deployment) -> None:
+    publisher = deployment.publisher()
+    publisher.begin_session()
+    offsets = [publisher.commit(outputs(b"%d" % i)) for i in range(4)]
+    log = deployment.progress()
+    log.trim(offsets[2])
+    assert [e.value for e in log.read()] == [b"2", b"3"]
+    assert [e.value for e in log.read(offsets[3])] == [b"3"]
+
+
+def test_a_trim_that_is_refused_is_told_once_and_raises_nothing(
+    deployment: Deployment, caplog: pytest.LogCaptureFixture
+) -> None:
+    log = deployment.progress()
+    log.trim(99)
+    log.trim(99)
+    told = [r for r in caplog.records if "not trimmed below offset 99" in r.getMessage() and r.levelname == "WARNING"]
+    assert len(told) == 1
