@@ -1,7 +1,7 @@
 """
 Where the tests get their brokers from.
 
-In this order: ``STREAMLSTM_TEST_BOOTSTRAP`` (somebody else's broker; tests that kill brokers, or need TLS, do without),
+In this order: ``STREAMLSTM_TEST_BOOTSTRAP`` (somebody else's broker: not for tests that kill brokers, or need TLS),
 ``KAFKA_HOME`` (a directory with a ``kafka`` script: see ``../shared/kafka/README.md``), the same in ``../shared/kafka``
 beside the repository, Docker with the official image. With none of them the tests skip, unless
 ``STREAMLSTM_TEST_REQUIRE_BROKER=1`` says that skipping is failing.
@@ -71,11 +71,10 @@ class Foreign:
 class Scripted:
     """Brokers of the ``kafka`` script."""
 
-    def __init__(self, script: Path, directory: Path, brokers: int, settings: dict[str, str], *, secure: bool) -> None:
-        self._script, self._directory = script, directory
+    def __init__(self, script: Path, directory: Path, brokers: int, *, secure: bool) -> None:
+        self._script, self.directory = script, directory
         atexit.register(self.wipe)  # brokers outlive their parent
         options = ["--brokers", str(brokers), *(["--secure"] if secure else [])]
-        options += [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
         state = json.loads(self._run("up", *options))
         self.bootstrap: list[str] = state["bootstrap"].split(",")
         listener: dict[str, Any] | None = state["secure"]
@@ -89,7 +88,7 @@ class Scripted:
         self._run("wipe")
 
     def _run(self, verb: str, *options: str) -> str:
-        command = [str(self._script), verb, str(self._directory), *options]
+        command = [str(self._script), verb, str(self.directory), *options]
         done = subprocess.run(command, capture_output=True, text=True, timeout=_UP_TIMEOUT_S, check=False)
         if done.returncode:
             raise RuntimeError(f"{' '.join(command)} ended with {done.returncode}: {done.stderr}")
@@ -136,20 +135,20 @@ class Dockered:
         subprocess.run(["docker", "kill", self._container], capture_output=True, timeout=30, check=False)
 
 
-def start(
-    directory: Path, *, brokers: int = 1, secure: bool = False, settings: dict[str, str] | None = None
-) -> Cluster:
-    """The first kind of cluster that is to be had and will do. Raises :class:`NoBroker`."""
-    special = brokers > 1 or secure or bool(settings)
+def start(directory: Path, *, brokers: int = 1, secure: bool = False, mortal: bool = False) -> Cluster:
+    """
+    The first kind of cluster that is to be had and will do; a mortal one may be killed. Raises :class:`NoBroker`.
+    """
+    special = brokers > 1 or secure or mortal
     if (bootstrap := os.environ.get("STREAMLSTM_TEST_BOOTSTRAP")) and not special:
         return Foreign(bootstrap)
     beside = Path(__file__).parents[2] / ".." / "shared" / "kafka"
     for home in filter(None, (os.environ.get("KAFKA_HOME"), beside)):
         script = (Path(home) / "kafka").resolve()
         if script.is_file() and shutil.which("java"):
-            return Scripted(script, directory, brokers, settings or {}, secure=secure)
+            return Scripted(script, directory, brokers, secure=secure)
     if special:
-        raise NoBroker("several brokers, TLS or settings need the kafka script (KAFKA_HOME) and java")
+        raise NoBroker("brokers to kill, several of them, or TLS need the kafka script (KAFKA_HOME) and java")
     if shutil.which("docker"):
         return Dockered()
     raise NoBroker("neither STREAMLSTM_TEST_BOOTSTRAP, nor KAFKA_HOME or ../shared/kafka with java, nor docker")

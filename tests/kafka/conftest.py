@@ -52,7 +52,7 @@ def three_brokers(tmp_path_factory: pytest.TempPathFactory) -> Generator[Cluster
 @pytest.fixture
 def own_broker(tmp_path: Path) -> Generator[Cluster, None, None]:
     """One broker that a test may kill."""
-    yield from _cluster(tmp_path / "own")
+    yield from _cluster(tmp_path / "own", mortal=True)
 
 
 @pytest.fixture

@@ -6,12 +6,12 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from broker import Cluster, wait_until
+from broker import Cluster, Scripted, wait_until
 from deployment import Deployment
 from kafka import errors as kafka_errors
 from kafka.structs import TopicPartition
 
-from streamlstm.errors import ConfigError, LogGap, TopicChanged
+from streamlstm.errors import ConfigError, DataError, LogGap, TopicChanged
 from streamlstm.records.batch import Messages, Range
 from streamlstm.transport.interfaces import Position
 from streamlstm.transport.kafka.source import KafkaSource
@@ -286,3 +286,20 @@ def test_a_broker_that_goes_away_and_comes_back_is_waited_for(
     deployment.fill(0, numbered(5, "w"))
     values = [v for m in drain(source, 5) for v in m.value]
     assert values == numbered(5, "w")
+
+
+def test_a_damaged_batch_stops_the_stream(deploy: Callable[..., Deployment], own_broker: Cluster) -> None:
+    """A wrong checksum is no bad record to be put aside: nobody knows what was there."""
+    assert isinstance(own_broker, Scripted)
+    deployment = deploy(own_broker).with_topics(partitions=1)
+    deployment.fill(0, numbered(50))
+    own_broker.do("stop")
+    (segment,) = own_broker.directory.glob(f"data-1/{deployment.input}-0/*.log")
+    damaged = bytearray(segment.read_bytes())
+    damaged[damaged.rindex(b"v49") + 1] ^= 1
+    segment.write_bytes(damaged)
+    own_broker.do("start")
+    source = deployment.source()
+    source.seek(source.resolve_start("earliest"))
+    with pytest.raises(DataError, match="damaged"):
+        drain(source, 50)
