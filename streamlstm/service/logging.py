@@ -15,6 +15,11 @@ from typing import Any, Literal, TextIO
 import structlog
 from structlog.typing import Processor
 
+REPEAT_S = 30.0
+"""How long the Kafka client's repetitions are left out."""
+
+_REMEMBERED = 1000
+
 _CONTROL = {c: f"\\x{c:02x}" for c in (*range(0x20), *range(0x7F, 0xA0))} | {
     0x0A: "\\n",
     0x0D: "\\r",
@@ -33,7 +38,8 @@ def configure_logging(
     Send everything to ``stream`` (stderr), from this level on.
 
     ``auto`` is ``console`` on a terminal. ``NO_COLOR`` is obeyed. The Kafka client is noisy: its records below
-    ``warning`` are kept for ``debug``.
+    ``warning`` are kept for ``debug``, and what it repeats several times a second while a broker is away is said once
+    in :data:`REPEAT_S`.
     """
     out: TextIO = sys.stderr if stream is None else stream
     console = format == "console" or (format == "auto" and out.isatty())
@@ -62,9 +68,13 @@ def configure_logging(
             foreign_pre_chain=[*shared, structlog.stdlib.add_logger_name], processors=final
         )
     )
+    if level != "debug":
+        handler.addFilter(_Sparing("kafka"))
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level.upper())
+    # It complains of every call that takes long, and start-up is made of them.
+    logging.getLogger("kafka.net.selector").setLevel(logging.DEBUG if level == "debug" else logging.ERROR)
     logging.getLogger("kafka").setLevel(logging.DEBUG if level == "debug" else logging.WARNING)
     structlog.configure(
         processors=[
@@ -77,6 +87,34 @@ def configure_logging(
         wrapper_class=structlog.stdlib.BoundLogger,
         cache_logger_on_first_use=False,
     )
+
+
+class _Sparing(logging.Filter):
+    """
+    Lets a library say each thing once in :data:`REPEAT_S`; the next time it says how often it was left out.
+
+    Things are told apart by logger and message template, not by arguments: those hold ports and counters.
+    """
+
+    def __init__(self, library: str) -> None:
+        super().__init__()
+        self._library = library
+        self._said: dict[tuple[str, str], tuple[float, int]] = {}
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        if record.name.partition(".")[0] != self._library:
+            return True
+        what = (record.name, str(record.msg))
+        since_s, left_out = self._said.get(what, (float("-inf"), 0))
+        if record.created - since_s < REPEAT_S:
+            self._said[what] = (since_s, left_out + 1)
+            return False
+        if len(self._said) >= _REMEMBERED:
+            self._said.clear()
+        self._said[what] = (record.created, 0)
+        if left_out:
+            record.__dict__["repeated"] = left_out
+        return True
 
 
 class _ToStderr(logging.StreamHandler[TextIO]):

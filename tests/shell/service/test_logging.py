@@ -91,3 +91,18 @@ def test_a_terminal_gets_colours_unless_it_wants_none(monkeypatch: pytest.Monkey
     structlog.get_logger().info("hello")
     assert "\x1b[" not in plain.getvalue()
     assert "hello" in plain.getvalue()
+
+
+def test_what_the_kafka_client_repeats_is_said_once_and_counted() -> None:
+    stream = io.StringIO()
+    configure_logging("info", stream=stream)
+    logger = logging.getLogger("kafka.net.manager")
+    handler = logging.getLogger().handlers[0]
+    for at_s, port in [(0.0, 1), (0.1, 2), (29.0, 3), (31.0, 4), (32.0, 5)]:
+        record = logger.makeRecord(logger.name, logging.ERROR, "f", 1, "Connection %d failed", (port,), None)
+        record.created = at_s
+        handler.handle(record)
+    structlog.get_logger("streamlstm").info("ours")
+    structlog.get_logger("streamlstm").info("ours")
+    said = [(x["event"], x.get("repeated")) for x in lines(stream)]
+    assert said == [("Connection 1 failed", None), ("Connection 4 failed", 2), ("ours", None), ("ours", None)]
