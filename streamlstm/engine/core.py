@@ -68,7 +68,6 @@ class Engine:
         self._horizons, hidden = config.model.horizons, config.model.hidden_size
         self._late_is_dead = config.series.late == "dead_letter"
         self._rules = Rules.of(config)
-        self._warm_age = max(self._k2, 2 * self._horizons)
         self._alpha = scaling.smoothing(config.season)
         self._max_wait = config.training.max_wait
 
@@ -96,6 +95,7 @@ class Engine:
         self._queue = UpdateQueue(self._k1, config.training.batch_series, self._max_wait)
         self._queued: list[_Queued] = []
         self._fresh = 0
+        self._warming = 0
         self.step_number = 0
 
     def _columns(self, shape: Shape) -> list[Column]:
@@ -153,8 +153,9 @@ class Engine:
             arrived: list[_Queued] = []
             parameters = self._learner.parameters()
             for rows in _side_by_side(admitted, start, stop, self._k1):
-                zeroed += self._advance(work, parameters, rows)
-                arrived += self._freeze(work, rows)
+                zeroed_N = self._advance(work, parameters, rows)
+                arrived += self._freeze(work, rows, zeroed_N)
+                zeroed += self._disown(admitted, rows, zeroed_N)
             waiting = _in_order(arrived)
             while pending < len(fires) and fires[pending].position == stop - 1:
                 # Rule B fires before the record's own window joins: windows join as far as the fire counts.
@@ -165,6 +166,7 @@ class Engine:
             self._queued += waiting
             start = stop
         self._fresh += len(work)
+        self._warming += admitted.warming_change
         self.step_number += 1
         return self._report(work, tuple(updates), {"gap": admitted.gap_resets, "non_finite": zeroed})
 
@@ -205,12 +207,13 @@ class Engine:
         self._queue.joined = list(queue["joined"])
         self._queue.wanted, self._queue.quiet = queue["wanted"], queue["quiet"]
         if self._queue.slots:
-            tensors = {name: state.training[f"queue.{name}"].to(self._device) for name in Windows._fields}
+            tensors = {name: state.training[f"queue.{name}"].to(self._device, copy=True) for name in Windows._fields}
             usable = np.array(queue["usable"], np.bool_)
             position = np.zeros(len(usable), np.int64)
             newest_ns = np.array(queue["newest_ns"], np.int64)
             self._queued = [_Queued(Windows(**tensors), position, usable, newest_ns)]
         self._fresh = meta["fresh"]
+        self._warming = len(self._table) - self._table.count_above("age", self._rules.warm_age - 1)
         self.step_number = state.step
 
     def _boundaries(self, admitted: Admitted) -> NDArray[np.intp]:
@@ -220,8 +223,6 @@ class Engine:
 
     def _plan(self, admitted: Admitted, joins: NDArray[np.intp]) -> list[Fire]:
         """The updates of this step; ``last_fresh`` is moved along with the records they are planned from."""
-        if not self._training:
-            return []
         slot_M = admitted.slot_M
         written = 0
 
@@ -238,14 +239,16 @@ class Engine:
             note(position + 1)
             return self._table.count_above("last_fresh", self._fresh + 1 + position - self._max_wait)
 
-        joining = [Join(int(i), int(slot_M[i])) for i in joins]
-        fires = self._queue.plan(self._fresh, len(slot_M), joining, seen)
+        fires: list[Fire] = []
+        if self._training:
+            joining = [Join(int(i), int(slot_M[i])) for i in joins]
+            fires = self._queue.plan(self._fresh, len(slot_M), joining, seen)
         note(len(slot_M))
         return fires
 
-    def _advance(self, work: "_Work", parameters: Prepared, rows: _Rows) -> int:
+    def _advance(self, work: "_Work", parameters: Prepared, rows: _Rows) -> NDArray[np.bool_] | None:
         """
-        Settle and forecast N rows; the number of carries that had to be zeroed.
+        Settle and forecast N rows; which of their carries had to be zeroed (``None`` = none).
 
         1. Scale: what the series is measured from, and in. 2. Inputs. 3. One LSTM step per row, one head for all.
         4. Into the ledger. 5. Settle what spoke about these rows. Raw outputs of a block come from one batched call
@@ -268,7 +271,7 @@ class Engine:
         h_BH, c_BH = table.gather("carry_h", by_series), table.gather("carry_c", by_series)
         h_NH, c_NH, zeroed_N = self._cell.run(parameters, x_NF, h_BH, c_BH, rows.waves)
         output_NK = head(parameters, h_NH, self._horizons)
-        self._save_carries(by_series, rows, admitted.age_M[rows.fresh_N], h_NH, c_NH, zeroed_N)
+        self._save_carries(by_series, rows, admitted.age_M[rows.fresh_N], h_NH, c_NH)
 
         offset_N = work.offset_M[fresh_N]
         self._ledger.expect(table, by_row, clock_N, offset_N, scaled.base, scaled.scale, output_NK)
@@ -288,7 +291,7 @@ class Engine:
         work.error_MXK[fresh_N] = error_NXK
         work.issued_MK[fresh_N] = issued_NK
         work.update_M[rows.fresh_N] = self._learner.number
-        return 0 if zeroed_N is None else int(zeroed_N.sum())
+        return zeroed_N
 
     def _restart(self, selection: Selection) -> None:
         """A carry starts from zero: window, saved carries and open forecasts go with it; scaler and scores stay."""
@@ -309,21 +312,14 @@ class Engine:
                 table.scatter_at(name, selection, place.to(self._device), zeros)
 
     def _scale(self, by_series: Selection, rows: _Rows, y_N: Tensor) -> scaling.Scaled:
-        """Wave by wave: a mean is a recurrence."""
-        table = self._table
-        state = scaling.Scaler(*(table.gather(column.name, by_series) for column in scaling.COLUMNS))
-        ended: list[scaling.Scaler] = []
-        out: list[scaling.Scaled] = []
-        start = 0
-        for width, following in _with_next(rows.waves):
-            state, scaled = scaling.advance(state, y_N[start : start + width], self._alpha)
-            out.append(scaled)
-            ended.append(scaling.Scaler(*(column[following:] for column in state)))
-            state = scaling.Scaler(*(column[:following] for column in state))
-            start += width
-        for column, values in zip(scaling.COLUMNS, zip(*reversed(ended), strict=True), strict=True):
-            table.scatter(column.name, by_series, torch.cat(values))
-        return scaling.Scaled(*(torch.cat(column) for column in zip(*out, strict=True)))
+        """Move the scalers."""
+        names = [column.name for column in scaling.COLUMNS]
+        state = scaling.Scaler(*(self._table.gather(name, by_series) for name in names))
+        after, scaled = scaling.advance(state, y_N, rows.waves, self._alpha)
+        last = self._last_rows(rows)
+        for name, values in zip(names, after, strict=True):
+            self._table.scatter(name, by_series, values[last])
+        return scaled
 
     def _inputs(
         self, by_row: Selection, scaled: scaling.Scaled, y_N: Tensor, clock_N: Tensor, minute_N: Tensor
@@ -342,37 +338,22 @@ class Engine:
         return torch.cat([x_NF, missing, self._calendar.inputs(minute_N)], 1)
 
     def _score(self, by_series: Selection, rows: _Rows, error_NXK: Tensor) -> None:
-        table = self._table
+        """Move the scores."""
         names = [column.name for column in scoring.columns(len(EXPERTS), self._horizons)]
-        state = scoring.Scores(*(table.gather(name, by_series) for name in names))
-        ended: list[scoring.Scores] = []
-        start = 0
-        for width, following in _with_next(rows.waves):
-            state = scoring.score(state, error_NXK[start : start + width])
-            ended.append(scoring.Scores(*(column[following:] for column in state)))
-            state = scoring.Scores(*(column[:following] for column in state))
-            start += width
-        for name, values in zip(names, zip(*reversed(ended), strict=True), strict=True):
-            table.scatter(name, by_series, torch.cat(values))
+        state = scoring.Scores(*(self._table.gather(name, by_series) for name in names))
+        for name, values in zip(names, scoring.score(state, error_NXK, rows.waves), strict=True):
+            self._table.scatter(name, by_series, values)
 
-    def _save_carries(
-        self,
-        by_series: Selection,
-        rows: _Rows,
-        age_N: I64,
-        h_NH: Tensor,
-        c_NH: Tensor,
-        zeroed_N: NDArray[np.bool_] | None,
-    ) -> None:
-        """
-        The carries that go on, and those at which a window will start (age ≡ −k2 mod k1; at most one per series here).
+    def _last_rows(self, rows: _Rows) -> Tensor:
+        """Each series' last row ``[B]``."""
+        last_B = np.empty(rows.waves[0], np.int64)
+        last_B[rows.series_N] = np.arange(len(rows.series_N))
+        return torch.from_numpy(last_B).to(self._device)
 
-        After a zeroed carry no window may start from an earlier one: their saved ages are taken away.
-        """
+    def _save_carries(self, by_series: Selection, rows: _Rows, age_N: I64, h_NH: Tensor, c_NH: Tensor) -> None:
+        """The carries that go on, and those at which a window will start (age ≡ −k2 mod k1; at most one per series)."""
         table = self._table
-        width, row_of_last = rows.waves[0], np.empty(rows.waves[0], np.int64)
-        row_of_last[rows.series_N] = np.arange(len(rows.series_N))
-        last = torch.from_numpy(row_of_last).to(self._device)
+        last = self._last_rows(rows)
         table.scatter("carry_h", by_series, h_NH[last])
         table.scatter("carry_c", by_series, c_NH[last])
 
@@ -382,34 +363,34 @@ class Engine:
         taken = torch.from_numpy(saving).to(self._device)
         for name, carries in (("saved_h", h_NH), ("saved_c", c_NH)):
             table.scatter_at(name, selection, place.to(self._device), carries[taken])
-        age = torch.from_numpy(age_N[saving])
-        if zeroed_N is not None:
-            last_zeroed_B = np.full(width, -1, np.int64)
-            places = np.flatnonzero(zeroed_N)
-            last_zeroed_B[rows.series_N[places]] = places
-            table.fill("saved_age", table.select(rows.slot_B[last_zeroed_B >= 0]), -1)
-            lost = saving < last_zeroed_B[rows.series_N[saving]]
-            age[torch.from_numpy(lost)] = -1
-        table.scatter_at("saved_age", selection, place, age)
+        table.scatter_at("saved_age", selection, place, torch.from_numpy(age_N[saving]))
 
     def _saved_place(self, age: I64) -> Tensor:
         return torch.from_numpy((age + self._k2) // self._k1 % self._saved_ring)
 
-    def _freeze(self, work: "_Work", rows: _Rows) -> list["_Queued"]:
+    def _freeze(self, work: "_Work", rows: _Rows, zeroed_N: NDArray[np.bool_] | None) -> list["_Queued"]:
         """
         The windows that join at these rows, with the targets that have arrived by now; in the order of the log.
 
-        At once, and not when the block ends: a series that restarts in the same block starts its ring anew.
+        At once, and not when the block ends: a series that restarts in the same block starts its ring anew. A carry
+        zeroed at or before a window's last record makes it unusable; one zeroed later does not, wherever a block ends.
         """
         table, admitted = self._table, work.admitted
-        joining = np.sort(rows.fresh_N[work.joins_M[rows.fresh_N]])
-        if not len(joining):
+        joining_N = np.flatnonzero(work.joins_M[rows.fresh_N])
+        if not len(joining_N):
             return []
+        joining_N = joining_N[np.argsort(rows.fresh_N[joining_N])]
+        joining = rows.fresh_N[joining_N]
         age = admitted.age_M[joining]
         selection = table.select(admitted.slot_M[joining])
         span = torch.from_numpy((age[:, None] + np.arange(1 - self._k2, 1)) % self._window_ring).to(self._device)
         saved_place = self._saved_place(age - self._k2)
         usable = table.gather_at("saved_age", selection, saved_place).numpy() == age - self._k2
+        if zeroed_N is not None:
+            # A window is longer than the rows a series has here, so any of these lies within it.
+            first_zeroed_B = np.full(rows.waves[0], len(zeroed_N))
+            np.minimum.at(first_zeroed_B, rows.series_N[zeroed_N], np.flatnonzero(zeroed_N))
+            usable &= joining_N < first_zeroed_B[rows.series_N[joining_N]]
         on_device = saved_place.to(self._device)
         windows = Windows(
             *(
@@ -420,6 +401,23 @@ class Engine:
             c_BH=table.gather_at("saved_c", selection, on_device),
         )
         return [_Queued(windows, joining, usable, work.batch.time_ns[admitted.record_M[joining]])]
+
+    def _disown(self, admitted: Admitted, rows: _Rows, zeroed_N: NDArray[np.bool_] | None) -> int:
+        """
+        After a zeroed carry no window may start from an earlier one: their saved ages are taken away. How many.
+
+        Once the windows that ended before it are frozen; the zeroed carry itself may be started from.
+        """
+        if zeroed_N is None:
+            return 0
+        age_B = np.zeros(rows.waves[0], np.int64)
+        np.maximum.at(age_B, rows.series_N[zeroed_N], admitted.age_M[rows.fresh_N[zeroed_N]])
+        hit = np.flatnonzero(age_B)
+        selection = self._table.select(rows.slot_B[hit])
+        saved_age = self._table.gather("saved_age", selection)
+        saved_age[saved_age < torch.from_numpy(age_B[hit]).unsqueeze(1)] = -1
+        self._table.scatter("saved_age", selection, saved_age)
+        return int(zeroed_N.sum())
 
     def _learn(self, work: "_Work", fire: Fire, parts: list["_Queued"]) -> Update:
         """One update from everything that is queued, without the windows that lost their carry."""
@@ -448,7 +446,7 @@ class Engine:
 
     def _report(self, work: "_Work", updates: tuple[Update, ...], resets: Mapping[str, int]) -> StepReport:
         admitted, batch = work.admitted, work.batch
-        warming_M = admitted.age_M < self._warm_age
+        warming_M = admitted.age_M < self._rules.warm_age
         outcome_N = np.zeros(len(batch), np.uint8)
         verdict_N = admitted.verdict_N
         outcome_N[admitted.record_M] = np.where(warming_M, Outcome.WARMING, Outcome.FORECAST)
@@ -479,7 +477,7 @@ class Engine:
             updates=updates,
             resets=resets,
             series_total=len(self._table),
-            series_warming=len(self._table) - self._table.count_above("age", self._warm_age - 1),
+            series_warming=self._warming,
         )
 
 
@@ -627,11 +625,6 @@ def _wave_by_wave(fresh: NDArray[np.int64], slot: NDArray[np.int64]) -> _Rows:
         slot_B=slot[first][by_count],
         waves=np.bincount(rank).tolist(),
     )
-
-
-def _with_next(waves: list[int]) -> Iterator[tuple[int, int]]:
-    """Each wave's width and the next one's, 0 at the end."""
-    return zip(waves, [*waves[1:], 0], strict=True)
 
 
 def _with_own_rejections(

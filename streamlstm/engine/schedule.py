@@ -68,7 +68,8 @@ class UpdateQueue:
             """C and D, for records of the step before this position."""
             if self.slots:
                 oldest, newest = self.joined[0] + self.max_wait, self.joined[-1] + self.quiet
-                due = min(oldest, newest) - fresh - 1
+                # Overdue before this step only if the rules changed between two runs: then at its first record.
+                due = max(0, min(oldest, newest) - fresh - 1)
                 if due < before:
                     fire(due, "C" if oldest <= newest else "D")
 

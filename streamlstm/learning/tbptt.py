@@ -225,7 +225,8 @@ class Learner:
         if clipped:
             grad.mul_(self._settings.clip_norm / norm)
         self._adam(grad)
-        if self.number % KEEP_EVERY == 0 and bool(self._flat.isfinite().all()):
+        state = (self._flat, self._first, self._second)
+        if self.number % KEEP_EVERY == 0 and all(bool(tensor.isfinite().all()) for tensor in state):
             self._kept = (self._flat.clone(), self._first.clone(), self._second.clone(), self._taken)
         return Outcome(loss, norm, clipped=clipped, skipped=False, rolled_back=False)
 

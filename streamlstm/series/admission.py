@@ -16,9 +16,6 @@ from streamlstm.config.model import Config
 from streamlstm.records.batch import I32, I64, RecordBatch
 from streamlstm.series.table import Column, SeriesTable
 
-NONE = np.iinfo(np.int64).min
-"""No time."""
-
 GAPS = 8
 """Positive gaps from which ``interval: auto`` is learnt."""
 
@@ -42,10 +39,14 @@ class Verdict(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Rules:
-    """The configuration's part of every decision. Times in ns; ``fixed_interval`` is 0 for none."""
+    """
+    The configuration's part of every decision. Times in ns; ``fixed_interval`` is 0 for none.
+
+    A series is warming while its age is below ``warm_age``.
+    """
 
     k2: int
-    horizons: int
+    warm_age: int
     learn_interval: bool
     fixed_interval: int
     gap_reset: int | None
@@ -58,7 +59,7 @@ class Rules:
         interval, gap = config.series.interval, config.series.gap_reset
         return cls(
             k2=config.k2,
-            horizons=config.model.horizons,
+            warm_age=max(config.k2, 2 * config.model.horizons),
             learn_interval=interval == "auto",
             fixed_interval=round(interval * _NS) if isinstance(interval, float) else 0,
             gap_reset=None if gap is None else round(gap * _NS),
@@ -74,6 +75,7 @@ class Admitted:
 
     ``clock_M`` is n, ``age_M`` is m. ``restart_M`` marks a record whose carry starts from zero: a new series, or one
     that returns after ``gap_reset`` (``gap_resets`` counts only those). ``interval_ns_M`` is 0 while it is not known.
+    ``warming_change`` is how many more series are warming than before.
     """
 
     verdict_N: NDArray[np.uint8]
@@ -84,18 +86,23 @@ class Admitted:
     interval_ns_M: I64
     restart_M: NDArray[np.bool_]
     gap_resets: int
+    warming_change: int
 
 
 def clock_columns(k2: int) -> list[Column]:
-    """What a series' clock is made of: a ring of the times of its last k2 records, by m mod k2, among others."""
+    """
+    What a series' clock is made of: a ring of the times of its last k2 records, by m mod k2, among others.
+
+    A series has an age from its first record on: age 0 says that none was seen, and that the rest means nothing.
+    """
     return [
-        Column("time_ns", (), torch.int64, NONE, host=True),
+        Column("time_ns", (), torch.int64, host=True),
         Column("clock", (), torch.int64, host=True),
         Column("age", (), torch.int64, host=True),
         Column("interval_ns", (), torch.int64, host=True),
         Column("gaps_ns", (GAPS,), torch.int64, host=True),
         Column("gap_count", (), torch.int64, host=True),
-        Column("recent_ns", (k2,), torch.int64, NONE, host=True),
+        Column("recent_ns", (k2,), torch.int64, host=True),
     ]
 
 
@@ -122,6 +129,7 @@ def admit(  # noqa: C901, PLR0915, because it is one pass over the log, and its 
     gaps, recent = load("gaps_ns"), load("recent_ns")
     time, n, m = load("time_ns").tolist(), load("clock").tolist(), load("age").tolist()
     interval, gap_count = load("interval_ns").tolist(), load("gap_count").tolist()
+    warming = _warming(m, rules.warm_age)
 
     verdicts = bytearray(len(batch))
     fresh: list[int] = []
@@ -141,7 +149,7 @@ def admit(  # noqa: C901, PLR0915, because it is one pass over the log, and its 
             verdicts[i] = Verdict.FUTURE
             continue
         newest = time[q]
-        if newest == NONE:
+        if not m[q]:
             if slots[q] < 0:
                 if len(table) >= rules.max_series:
                     verdicts[i] = Verdict.SKIPPED
@@ -152,7 +160,8 @@ def admit(  # noqa: C901, PLR0915, because it is one pass over the log, and its 
             restart = True
         else:
             if t <= newest:
-                verdicts[i] = Verdict.DUPLICATE if (recent[q] == t).any() else Verdict.LATE
+                retained = recent[q] if m[q] >= k2 else recent[q, 1 : m[q] + 1]
+                verdicts[i] = Verdict.DUPLICATE if (retained == t).any() else Verdict.LATE
                 continue
             gap = min(t - newest, _LONGEST_GAP)
             restart = gap_reset is not None and gap > gap_reset
@@ -160,7 +169,6 @@ def admit(  # noqa: C901, PLR0915, because it is one pass over the log, and its 
                 resets += 1
                 interval[q], gap_count[q] = rules.fixed_interval, 0
                 gaps[q] = 0
-                recent[q] = NONE
                 n[q] += 1
                 m[q] = 1
             else:
@@ -203,4 +211,10 @@ def admit(  # noqa: C901, PLR0915, because it is one pass over the log, and its 
         interval_ns_M=np.array(fresh_interval, np.int64),
         restart_M=np.array(restarts, np.bool_),
         gap_resets=resets,
+        warming_change=_warming(m, rules.warm_age) - warming,
     )
+
+
+def _warming(ages: list[int], warm_age: int) -> int:
+    """How many of these series have begun and are not warm yet."""
+    return sum(0 < age < warm_age for age in ages)

@@ -4,9 +4,10 @@ Scoring: what each expert's forecasts were worth, per series and horizon.
 Exponentially weighted means of the absolute and squared prequential errors, with the plain average's weights until the
 half-life is reached. Per series only: a sum over series would depend on how the log was divided into steps.
 
-Axes: B series side by side, X experts, K horizons.
+Axes: B series side by side, N rows: wave by wave, the w-th row of the first ``waves[w]`` series; X experts, K horizons.
 """
 
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -16,6 +17,9 @@ from streamlstm.series.table import Column
 
 HALF_LIFE = 300
 ALPHA = 1 - 0.5 ** (1 / HALF_LIFE)
+
+# Rows that are prepared together: what is in between stays in the cache.
+_TOGETHER = 1024
 
 
 def columns(experts: int, horizons: int) -> list[Column]:
@@ -35,25 +39,49 @@ class Scores(NamedTuple):
     squared: Tensor
 
 
-def score(state: Scores, error_BXK: Tensor) -> Scores:
+def score(state: Scores, error_NXK: Tensor, waves: Sequence[int]) -> Scores:
     """
-    Take in the errors that one record per series settled; NaN = none.
+    Take in the errors that N rows settled, NaN = none; the state after the last row of each series.
 
     >>> zero = torch.zeros(1, 1, dtype=torch.float64)
     >>> state = Scores(zero, zero.unsqueeze(1), zero.unsqueeze(1))
-    >>> for error in (1.0, -3.0, float("nan")):
-    ...     state = score(state, torch.tensor([[[error]]], dtype=torch.float64))
+    >>> errors = torch.tensor([1.0, -3.0, float("nan")], dtype=torch.float64)
+    >>> state = score(state, errors.view(3, 1, 1), [1, 1, 1])
     >>> state.scored.item(), state.absolute.item(), state.squared.item()
     (2.0, 2.0, 5.0)
     """
-    scored_BK = ~error_BXK[:, 0].isnan()
-    scored = state.scored + scored_BK
-    weight_B1K = (1 / scored.clamp(min=1)).clamp(min=ALPHA).unsqueeze(1)
-    scored_B1K = scored_BK.unsqueeze(1)
-    absolute = state.absolute + weight_B1K * (error_BXK.abs() - state.absolute)
-    squared = state.squared + weight_B1K * (error_BXK * error_BXK - state.squared)
-    return Scores(
-        scored,
-        torch.where(scored_B1K, absolute, state.absolute),
-        torch.where(scored_B1K, squared, state.squared),
-    )
+    scored, means = state.scored.clone(), torch.stack([state.absolute, state.squared], 1)
+    start = 0
+    for widths in _slabs(waves):
+        count = sum(widths)
+        _take_in(scored, means, error_NXK[start : start + count], widths)
+        start += count
+    return Scores(scored, *means.unbind(1))
+
+
+def _slabs(waves: Sequence[int]) -> Iterator[list[int]]:
+    """Waves in groups of about 1024 rows."""
+    widths: list[int] = []
+    for width in waves:
+        if widths and sum(widths) + width > _TOGETHER:
+            yield widths
+            widths = []
+        widths.append(width)
+    yield widths
+
+
+def _take_in(scored_BK: Tensor, means_B2XK: Tensor, error_NXK: Tensor, widths: list[int]) -> None:
+    """Move the state, in place. Only what is a recurrence goes wave by wave."""
+    missing_NK = error_NXK[:, 0].isnan()
+    here_NK = (~missing_NK).double()
+    count_NK = torch.empty_like(here_NK)
+    for here, count in zip(here_NK.split(widths), count_NK.split(widths), strict=True):
+        count.copy_(scored_BK[: len(here)].add_(here))
+    weight_NK = (1 / count_NK.clamp(min=1)).clamp(min=ALPHA) * here_NK
+
+    # What is not scored has weight zero; it stands as 0, so nothing here is ever NaN.
+    error_NXK = torch.where(missing_NK.unsqueeze(1), 0, error_NXK)
+    worth_N2XK = torch.stack([error_NXK.abs(), error_NXK * error_NXK], 1)
+    for worth, weight in zip(worth_N2XK.split(widths), weight_NK[:, None, None].split(widths), strict=True):
+        mean = means_B2XK[: len(weight)]
+        mean.add_((worth - mean).mul_(weight))

@@ -1,7 +1,8 @@
 """
 The series table: one row per series, in columns, in chunks.
 
-A chunk holds :data:`CHUNK_ROWS` rows of one column. A snapshot takes references to the chunks and freezes them; whoever
+A chunk holds up to :data:`CHUNK_ROWS` rows of one column; the last one grows by doubling, so that one series with long
+horizons does not take the room of a thousand. A snapshot takes references to the chunks and freezes them; whoever
 writes to a frozen chunk clones it first, so a snapshot costs nothing and never changes (copy-on-write).
 
 Axes: S slots (rows of the table), N rows of a selection (slots may repeat), R entries of a ring.
@@ -74,12 +75,21 @@ class SeriesTable:
     def add(self, series: SeriesId) -> int:
         """A new series' slot; its columns hold their fill values."""
         slot = len(self.series)
-        if slot % CHUNK_ROWS == 0:
-            for name in self._columns:
-                self._chunks[name].append(self.blank(name, CHUNK_ROWS))
+        row = slot % CHUNK_ROWS
+        if row & (row - 1) == 0:
+            self._grow(row)
         self.series.append(series)
         self.slot_of[series] = slot
         return slot
+
+    def _grow(self, rows: int) -> None:
+        """Room for twice the ``rows`` of the last chunk, or a new one. What a snapshot holds stays as it is."""
+        for name, chunks in self._chunks.items():
+            if rows == 0:
+                chunks.append(self.blank(name, 1))
+            else:
+                self._frozen.discard((name, len(chunks) - 1))
+                chunks[-1] = torch.cat([chunks[-1], self.blank(name, rows)])
 
     def blank(self, name: str, size: int) -> Tensor:
         """``size`` rows of a column as a new series has them."""
@@ -165,7 +175,7 @@ class SeriesTable:
 
     def load(self, series: Iterable[SeriesId], columns: dict[str, list[Tensor]]) -> None:
         """
-        Fill an empty table from chunks as :meth:`freeze` gave them, of any length.
+        Fill an empty table from chunks as :meth:`freeze` gave them, of any length; whole again, whatever they were.
 
         Raises :class:`ValueError` naming the column whose presence, dtype or shape is not this table's.
         """

@@ -126,6 +126,67 @@ def test_weights_that_overflow_change_no_law(kind):
     assert all(np.isfinite(report.forecasts.yhat_MK[report.forecasts.age_M > 20]).all() for report in whole)
 
 
+@pytest.mark.parametrize("seed", [6, 16])
+@pytest.mark.parametrize("kind", ["runs", "mixed"])
+def test_a_carry_zeroed_after_a_window_joined_leaves_the_window_wherever_steps_end(seed, kind):
+    """Now and then only, so that windows before it and after it are whole."""
+    config = streams.small_config(series={"gap_reset": "60s"}, training={"max_wait": 200})
+    batch = streams.random_batch(seed, 200, 2, kind)
+    fresh = Engine.create(config, "cpu").state()
+    weights = {name: tensor.clone() for name, tensor in fresh.weights.items()}
+    # Infinity times the change since the last value: not a number where a value is missing, a closed gate elsewhere.
+    weights["lstm.gates"][1] = torch.inf
+    spoilt = EngineState(fresh.step, fresh.series, fresh.columns, weights, fresh.training, fresh.meta)
+
+    def run(cuts):
+        engine = Engine.restore(config, "cpu", spoilt)
+        reports = [engine.step(streams.part(batch, a, b)) for a, b in itertools.pairwise(cuts)]
+        return engine.state(), reports
+
+    state, reports = run(range(201))
+    whole_state, whole = run([0, 200])
+    updates = [update for report in reports for update in report.updates]
+    assert sum(report.resets["non_finite"] for report in reports) > 0
+    assert any(update.used for update in updates)
+    assert any(update.used < update.windows for update in updates)
+    assert streams.outputs(whole) == streams.outputs(reports)
+    assert whole_state.digests() == state.digests()
+
+
+@pytest.mark.parametrize(
+    "training", [{"max_wait": 5}, {"max_wait": 5000, "enabled": False}, {"batch_series": 1}, {"optimizer": {"lr": 0.1}}]
+)
+def test_learning_keys_may_change_between_two_runs(training):
+    """Windows that were queued under other rules are learnt from at once, or when learning is taken up again."""
+    config = streams.small_config(training={"max_wait": 5000, "batch_series": 64})
+    batch = streams.random_batch(3, 400, 7, "mixed")
+    engine, _ = streams.run(config, batch, [0, 150])
+    queued = len(engine.state().meta["queue"]["series"])
+    assert queued
+    settings = {"max_wait": 5000, "batch_series": 64} | training
+    engine = Engine.restore(streams.small_config(training=settings), "cpu", engine.state())
+    assert not engine.step(streams.part(batch, 150, 150)).updates
+    report = engine.step(streams.part(batch, 150, 300))
+    assert bool(report.updates) == settings.get("enabled", True)
+    engine = Engine.restore(config, "cpu", engine.state())
+    updates = engine.step(streams.part(batch, 300, 400)).updates
+    assert updates
+
+
+def test_the_warming_are_counted_as_their_ages_say():
+    config = streams.small_config(series={"gap_reset": "60s", "max_series": 6})
+    batch = streams.random_batch(11, 300, 9, "mixed")
+    _, reports = streams.run(config, batch, [0, 1, 50, 51, 180, 300], frozenset({1, 3}))
+    assert any(report.resets["gap"] for report in reports)
+    ages = {}
+    for report in reports:
+        f = report.forecasts
+        for record, age in zip(f.record_M.tolist(), f.age_M.tolist(), strict=True):
+            ages[report.batch.series[report.batch.code[record]]] = age
+        assert report.series_total == len(ages)
+        assert report.series_warming == sum(age < 10 for age in ages.values())
+
+
 def shuffled(state: EngineState, seed: int) -> EngineState:
     """The same state with every series in another slot."""
     order = torch.from_numpy(np.random.default_rng(seed).permutation(len(state.series)))
