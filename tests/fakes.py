@@ -131,6 +131,7 @@ class MemorySource:
 
     def read(self, cut: Cut, timeout_s: float) -> Messages:
         self.fate.point()
+        assert self.at, "a client without any position cannot read"
         for r in cut:
             if r.start < self.broker.beginning.get((r.topic, r.partition), 0):
                 raise LogGap(f"{r.topic}-{r.partition}: {r.start} is gone")

@@ -211,6 +211,7 @@ def resume(world: World, terms: Terms, witness: Witness) -> Ready:
     began = laps.lap("load", began)
 
     records = 0
+    world.source.seek(generation.provenance.positions)
     for step in pending:  # 9
         records += _replay(world, engine, step, terms.read_timeout_s, compare=not differences)
         witness.replayed(step.number, chain.last_step)
@@ -235,9 +236,11 @@ def resume(world: World, terms: Terms, witness: Witness) -> Ready:
 
 def judge_fenced(error: Fenced, progress: ProgressLog, tip: Link | None, incarnation: str) -> StreamlstmError:
     """
-    What a refused producer means. Somebody newer wrote an incarnation: :class:`~streamlstm.errors.Superseded`, not to
-    be restarted, or two hosts would fence each other for ever. Otherwise our own transaction took too long, and a
-    restart mends it. ``tip`` is the newest record that was ours or that we had read.
+    What a refused producer means. If somebody else wrote since: :class:`~streamlstm.errors.Superseded`, not to be
+    restarted, or two hosts would fence each other for ever. Otherwise our own transaction took too long, and a restart
+    mends it. ``tip`` is the newest record that was ours or that we had read.
+
+    Steps count as well as an incarnation, which may have been trimmed while we slept.
     """
     try:
         entries = progress.read(tip.offset + 1 if tip else 0)
@@ -245,10 +248,11 @@ def judge_fenced(error: Fenced, progress: ProgressLog, tip: Link | None, incarna
     except StreamlstmError:
         return error
     for record in records:
-        if isinstance(record, Incarnation) and record.id != incarnation:
+        writer = record.id if isinstance(record, Incarnation) else record.incarnation
+        if writer != incarnation:
             return Superseded(
-                f"another process took this deployment over (incarnation {record.id}); this one ends and must not "
-                "be restarted"
+                f"another process took this deployment over (incarnation {writer}); this one ends and must not be "
+                "restarted"
             )
     return error
 

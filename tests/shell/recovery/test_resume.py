@@ -57,6 +57,7 @@ def recorded_cuts_fed_to_a_fresh_engine(broker: Broker, tmp_path: Path) -> tuple
     """The oracle: the cuts of the progress topic, all of which must be retained, without interruption."""
     process = Process(broker, tmp_path / "oracle")
     engine, forecasts = process.world.maker.create(), []
+    process.source.seek(process.source.resolve_start("earliest"))
     for step in read_chain(broker.progress, "n").after(0):
         report = engine.step(process.world.decode(process.source.read(step.cut, 1.0)))
         assert report.digest().hex() == step.digest
@@ -540,6 +541,20 @@ def test_a_superseded_process_ends_for_good(tmp_path):
     assert first.watching.failed_commits
     assert second.daemon is not None
     second.daemon.run()
+
+
+def test_a_zombie_that_slept_while_its_successor_trimmed_the_chain_ends_for_good(tmp_path):
+    broker = filled(records=200)
+    first = Process(broker, tmp_path / "state")
+    first.begin()
+    first.store.close()
+    shutil.copytree(tmp_path / "state", tmp_path / "copy")
+    Process(broker, tmp_path / "copy", keep=2).run()
+    assert not any(isinstance(decode_record(entry), Incarnation) for entry in broker.progress)
+
+    assert first.daemon is not None
+    with pytest.raises(Superseded):
+        first.daemon.run()
 
 
 def test_fenced_by_nobody_newer_is_worth_a_restart(tmp_path):
