@@ -1,6 +1,7 @@
 """Brokers for tests, and a deployment of its own for each."""
 
 import os
+import signal
 import uuid
 from collections.abc import Callable, Generator
 from pathlib import Path
@@ -10,6 +11,10 @@ from broker import Cluster, NoBroker, start
 from deployment import Deployment
 
 REQUIRED = os.environ.get("STREAMLSTM_TEST_REQUIRE_BROKER") == "1"
+
+
+# A run that is terminated must still stop its brokers.
+signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -31,7 +31,9 @@ class Deployment:
             "decode": {"series_id": ["@key"], "timestamp": {"path": "$.ts"}, "target": "$.value"},
             "runtime": {"deadline": deadline},
         })  # fmt: skip
-        self.deadline = Deadline(self.config.runtime.deadline)
+        self.expired: list[str] = []
+        # Longer than the clients' own time-outs, whatever the machine; and it must not end the test run.
+        self.deadline = Deadline(60.0, expire=self.expired.append)
         self._open: list[Any] = []
 
     def with_topics(self, partitions: int = 2, **input_settings: str) -> "Deployment":
@@ -104,6 +106,7 @@ class Deployment:
             else:
                 opened.close()
         self.deadline.close()
+        assert self.expired == []
 
     def _opened(self, it: Any) -> Any:
         self._open.append(it)

@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 
 import pytest
 from broker import Cluster, wait_until
@@ -136,6 +137,14 @@ def test_a_commit_that_hangs_meets_its_deadline(deploy: Callable[..., Deployment
     publisher.close()
 
 
+def begun(publisher: KafkaPublisher) -> bool:
+    """Begin a session, as a process that is restarted would."""
+    with suppress(Temporary):
+        publisher.begin_session()
+        return True
+    return False
+
+
 class _DiesBeforeCommit:
     """A producer whose broker is killed at the worst moment."""
 
@@ -192,7 +201,7 @@ class TestLostTransaction:
         assert degraded.committed(degraded.config.forecast_topic) == [b"before"]
         assert degraded.committed(degraded.config.progress_topic) == [b"step 1"]
         three_brokers.do("start", broker=2)
-        publisher.begin_session()
+        wait_until(lambda: begun(publisher), 30, "a session begins, once the follower has caught up")
         publisher.commit(outputs(b"step 2 again", [b"after"]))
         assert degraded.committed(degraded.config.forecast_topic) == [b"before", b"after"]
         assert [e.value for e in degraded.progress().read()] == [b"step 1", b"step 2 again"]
