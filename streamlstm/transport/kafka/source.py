@@ -35,6 +35,11 @@ BUFFER_BYTES = 64 << 20
 """What may wait in all buffers together, besides what the client holds (``fetch_max_bytes``, 16 MiB per broker)."""
 
 OFFSETS_TIMEOUT_S = 10.0
+
+SILENCE_S = 5.0
+"""How long nothing may come before the broker is asked whether it is there: the client itself never says."""
+
+_ASK_TIMEOUT_S = 2.0
 _WAIT_S = 0.2
 
 
@@ -76,7 +81,7 @@ class KafkaSource:
     Not for several threads. Its calls raise :class:`~streamlstm.errors.LogGap` when a needed offset is no longer
     retained, :class:`~streamlstm.errors.DataError` for a damaged or undecodable batch,
     :class:`~streamlstm.errors.NotAuthorised` when we may not read, and :class:`~streamlstm.errors.Temporary` for what
-    a restart mends. A broker that is away is none of these: nothing comes, until it is back.
+    waiting or a restart mends, a broker that is away included.
     """
 
     def __init__(self, config: Config, deadline: Deadline) -> None:
@@ -91,6 +96,7 @@ class KafkaSource:
         ]
         self._by_name = {p.tp: p for p in self._partitions}
         self._first = 0
+        self._heard_s = time.monotonic()
         self._most = config.source.poll.max_records
         self._most_bytes = max(1 << 20, BUFFER_BYTES // max(1, len(self._partitions)))
         self._group = GroupOffsets(config)
@@ -150,6 +156,7 @@ class KafkaSource:
         self._fill(0.0)
         if not any(p.records for p in self._partitions):
             self._fill(timeout_s)
+        self._listen()
         turns, self._first = take_turns([len(p.records) for p in self._partitions], self._first, max_records)
         pieces: list[tuple[Range, list[Any]]] = []
         for turn in turns:
@@ -207,6 +214,15 @@ class KafkaSource:
         if len(topics) < len(names):
             raise missing(self._config, (name for name in names if found[name] is None))
         return topics
+
+    def _listen(self) -> None:
+        """After a silence, ask the broker whether it is there. An empty log and a dead broker look alike otherwise."""
+        now_s = time.monotonic()
+        if not any(p.records for p in self._partitions):
+            if now_s - self._heard_s < SILENCE_S:
+                return
+            self._offsets("end_offsets", [self._partitions[0].tp], _ASK_TIMEOUT_S)
+        self._heard_s = time.monotonic()
 
     def _seek(self, partition: _Partition, offset: int) -> None:
         """Assign it, too, if this is its first position: the client polls nothing while any partition has none."""
@@ -298,11 +314,11 @@ class KafkaSource:
         found = self._offsets(which, [p.tp for p in self._partitions])
         return [Position(p.tp.topic, p.tp.partition, found[p.tp]) for p in self._partitions]
 
-    def _offsets(self, which: str, what: object) -> dict[TopicPartition, Any]:
+    def _offsets(self, which: str, what: object, timeout_s: float = OFFSETS_TIMEOUT_S) -> dict[TopicPartition, Any]:
         doing = f"asking for {which.replace('_', ' ')}"
         with self._deadline.guard(doing):
             try:
-                return getattr(self._consumer, which)(what, timeout_ms=int(1000 * OFFSETS_TIMEOUT_S))
+                return getattr(self._consumer, which)(what, timeout_ms=int(1000 * timeout_s))
             except kafka_errors.KafkaError as error:
                 raise explain(error, doing) from error
 
