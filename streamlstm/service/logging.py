@@ -37,9 +37,9 @@ def configure_logging(
     """
     Send everything to ``stream`` (stderr), from this level on.
 
-    ``auto`` is ``console`` on a terminal. ``NO_COLOR`` is obeyed. The Kafka client is noisy: its records below
-    ``warning`` are kept for ``debug``, and what it repeats several times a second while a broker is away is said once
-    in :data:`REPEAT_S`.
+    ``auto`` is ``console`` on a terminal. ``NO_COLOR`` is obeyed. The Kafka client is heard from ``warning`` on, even
+    at ``debug``: below that it logs keys, values and passwords. What it repeats several times a second while a broker
+    is away is said once in :data:`REPEAT_S`.
     """
     out: TextIO = sys.stderr if stream is None else stream
     console = format == "console" or (format == "auto" and out.isatty())
@@ -68,14 +68,13 @@ def configure_logging(
             foreign_pre_chain=[*shared, structlog.stdlib.add_logger_name], processors=final
         )
     )
-    if level != "debug":
-        handler.addFilter(_Sparing("kafka"))
+    handler.addFilter(_Sparing("kafka"))
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level.upper())
     # It complains of every call that takes long, and start-up is made of them.
-    logging.getLogger("kafka.net.selector").setLevel(logging.DEBUG if level == "debug" else logging.ERROR)
-    logging.getLogger("kafka").setLevel(logging.DEBUG if level == "debug" else logging.WARNING)
+    logging.getLogger("kafka.net.selector").setLevel(logging.ERROR)
+    logging.getLogger("kafka").setLevel(logging.WARNING)
     structlog.configure(
         processors=[
             structlog.stdlib.filter_by_level,
