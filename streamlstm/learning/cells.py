@@ -18,8 +18,11 @@ from torch import Tensor
 
 from streamlstm.learning.model import COLUMNS, Prepared
 
-# 32 rows × any width is a whole number of vector registers, and below the size at which torch splits work by threads.
+# 32 rows × any width is a whole number of the blocks in which vectorised functions work.
 _CPU_TILE = 32
+_BLOCK_ELEMENTS = 32
+# From this many elements on torch splits an operation among threads, and the end of each share has other bits.
+_SPLIT_ELEMENTS = 32_768
 # A GPU is kept busy by more; its row results do not depend on neighbours inside one shape either.
 _GPU_TILE = 1024
 
@@ -27,6 +30,14 @@ _GPU_TILE = 1024
 def tile_rows(device: torch.device) -> int:
     """Rows that are computed together."""
     return _CPU_TILE if device.type == "cpu" else _GPU_TILE
+
+
+def _rows_together(hidden: int, gates: int) -> int:
+    """How many rows one function takes: all, unless the network is so wide that threads would share them."""
+    for rows in (32, 16, 8, 4, 2):
+        if rows * gates < _SPLIT_ELEMENTS and rows * hidden % _BLOCK_ELEMENTS == 0:
+            return rows
+    return 1
 
 
 class Cell:
@@ -45,8 +56,10 @@ class Cell:
 
         self._joined, self._gates = buffer(features + hidden), buffer(-(-4 * hidden // COLUMNS) * COLUMNS)
         self._x, self._h = self._joined.split([features, hidden], 1)
-        self._i, self._keep, self._s, self._o = self._gates[:, : 4 * hidden].split(hidden, 1)
         self._c, self._g = buffer(hidden), buffer(hidden)
+        together = _rows_together(hidden, self._gates.shape[1]) if device.type == "cpu" else self._rows
+        parts = (self._gates, *self._gates[:, : 4 * hidden].split(hidden, 1), self._c, self._g, self._h)
+        self._groups = list(zip(*(part.split(together) for part in parts), strict=True))
 
     @torch.no_grad()
     def run(
@@ -108,11 +121,13 @@ class Cell:
 
     def _advance(self, parameters: Prepared) -> None:
         """One step of the whole tile, in place."""
-        torch.addmm(parameters.gate_bias, self._joined, parameters.gates, out=self._gates).sigmoid_()
-        torch.sub(self._s, 0.5, out=self._g)
-        self._c.mul_(self._keep).addcmul_(self._i, self._g, value=2)
-        torch.tanh(self._c, out=self._g)
-        torch.mul(self._o, self._g, out=self._h)
+        torch.addmm(parameters.gate_bias, self._joined, parameters.gates, out=self._gates)
+        for gates, i, keep, s, o, c, g, h in self._groups:
+            gates.sigmoid_()
+            torch.sub(s, 0.5, out=g)
+            c.mul_(keep).addcmul_(i, g, value=2)
+            torch.tanh(c, out=g)
+            torch.mul(o, g, out=h)
 
 
 @torch.no_grad()

@@ -40,7 +40,7 @@ def test_the_cell_is_torchs_lstm():
 
 
 @pytest.mark.parametrize("horizons", [1, 5, 11, 24])
-@pytest.mark.parametrize("hidden", [1, 2, 3, 5, 10, 64, 129])
+@pytest.mark.parametrize("hidden", [1, 2, 3, 5, 10, 64, 129, 300])
 def test_a_row_has_the_same_bits_whoever_sits_beside_it(hidden, horizons):
     shape = Shape(7, hidden, horizons)
     fast, _ = weights(shape)
@@ -55,6 +55,25 @@ def test_a_row_has_the_same_bits_whoever_sits_beside_it(hidden, horizons):
         assert torch.equal(h_some, h_all[chosen])
         assert torch.equal(c_some, c_all[chosen])
         assert torch.equal(head(fast, h_some, horizons), y_all[chosen])
+
+
+@pytest.mark.parametrize("hidden", [64, 301, 1000, 3000])
+def test_a_row_has_the_same_bits_at_every_place_with_three_threads(hidden):
+    """A wide network's functions would be shared out between them in parts that do not end with a row."""
+    shape = Shape(2, hidden, 1)
+    fast, _ = weights(shape)
+    cell = Cell(2, hidden, CPU)
+    x, h, c = rows(shape, [32])
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        h_all, c_all, _ = cell.run(fast, x, h, c, [32])
+        for shift in (1, 7, 16):
+            h_moved, c_moved, _ = cell.run(fast, x.roll(shift, 0), h.roll(shift, 0), c.roll(shift, 0), [32])
+            assert torch.equal(h_moved, h_all.roll(shift, 0))
+            assert torch.equal(c_moved, c_all.roll(shift, 0))
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_many_steps_in_one_go_are_the_steps_one_by_one():
