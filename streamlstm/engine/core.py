@@ -17,6 +17,7 @@ No Kafka, clock, file, thread, log or metric here: the batch is an argument and 
 Axes: N rows of a block, B series in it, M fresh records of the step, F features, H hidden units, K horizons, X experts.
 """
 
+from bisect import bisect_right
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -643,14 +644,17 @@ def _with_own_rejections(
         own.append(Rejected(where.topic, where.partition, offset, row, reason, "", message))
     if not own:
         return batch.rejected
-    turn = {(r.topic, r.partition, r.start): i for i, r in enumerate(batch.cut)}
+    starts: dict[tuple[str, int], list[tuple[int, int]]] = {}
+    for i, r in enumerate(batch.cut):
+        starts.setdefault((r.topic, r.partition), []).append((r.start, i))
 
     def order(rejected: Rejected) -> tuple[int, int, int]:
-        ranges = [
-            i
-            for (topic, partition, start), i in turn.items()
-            if (topic, partition) == (rejected.topic, rejected.partition) and start <= rejected.offset
-        ]
-        return max(ranges), rejected.offset, rejected.row
+        ranges = starts[rejected.topic, rejected.partition]
+        turn = ranges[bisect_right(ranges, rejected.offset, key=_start) - 1][1]
+        return turn, rejected.offset, rejected.row
 
     return tuple(sorted((*batch.rejected, *own), key=order))
+
+
+def _start(placed: tuple[int, int]) -> int:
+    return placed[0]
