@@ -32,7 +32,8 @@ def wait_for(happened: Callable[[], Any], timeout_s: float, what: str) -> Any:
 class Service:
     """``streamlstm run`` for a deployment, as often as it is started."""
 
-    def __init__(self, deployment: Deployment, directory: Path, **sections: Any) -> None:
+    def __init__(self, deployment: Deployment, directory: Path, *, partitions: int = 2, **sections: Any) -> None:
+        self.partitions = partitions
         directory.mkdir(parents=True, exist_ok=True)
         self.file = directory / "config.yaml"
         self.log = directory / "log"
@@ -64,13 +65,19 @@ class Service:
     def config(self) -> Config:
         return load(self.file, environ={}).config
 
-    def start(self, *options: str) -> None:
+    def start(self, *options: str, under: str = "") -> None:
+        """``under`` is what a shell does first, such as ``ulimit``."""
         assert self.child is None
         self._read_from = self.log.stat().st_size
-        command = [sys.executable, "-m", "streamlstm.cli.main", "run", "-c", str(self.file), *options]
+        shell = ["bash", "-c", f'{under}; exec "$@"', "bash"] if under else []
+        command = [*shell, sys.executable, "-m", "streamlstm.cli.main", "run", "-c", str(self.file), *options]
         with self.log.open("ab") as log:
             self.child = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"}
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env={**os.environ, "OMP_NUM_THREADS": "1"},
             )
 
     def said(self) -> str:
@@ -97,22 +104,30 @@ class Service:
             return json.loads(answer.read())
 
     def wait_committed(self, records: int, timeout_s: float) -> None:
-        """Until so many offsets are committed in all, or nothing is left to read."""
+        """Until this life has committed its way to so many offsets in all."""
+        wait_for(lambda: self.committed() >= records, timeout_s, f"{records} records are committed")
 
-        def far_enough() -> bool:
-            positions = self.positions()
-            return sum(p["next_offset"] or 0 for p in positions) >= records or _nothing_left(positions)
+    def committed(self) -> int:
+        """Offsets of all partitions together; 0 until this life has committed something."""
+        return sum(p["next_offset"] or 0 for p in self.positions())
 
-        wait_for(far_enough, timeout_s, f"{records} records are committed")
+    def nothing_left(self) -> bool:
+        """Whether all that was there at the last fetch is read. What was read last may not be committed yet."""
+        lag = [p["lag_records"] for p in self.positions()]
+        return len(lag) == self.partitions and all(left == 0 for left in lag)
 
     def wait_consumed(self, timeout_s: float) -> None:
-        """Until nothing is left to read. What was read last may not be committed yet; a stop commits it."""
-        wait_for(lambda: _nothing_left(self.positions()), timeout_s, "the input is consumed")
+        """Until nothing is left of an input that does not grow."""
+        wait_for(self.nothing_left, timeout_s, "the input is consumed")
 
     def positions(self) -> list[dict[str, Any]]:
         assert self.child is not None
         assert self.child.poll() is None, self.said()
         return self.status()["positions"]
+
+    def send(self, number: signal.Signals) -> None:
+        assert self.child is not None
+        self.child.send_signal(number)
 
     def kill(self) -> None:
         """At this instruction."""
@@ -121,6 +136,11 @@ class Service:
     def stop(self, timeout_s: float = 30.0) -> int:
         """As a supervisor does; its exit code."""
         return self._end(signal.SIGTERM, timeout_s)
+
+    def complaint(self) -> str:
+        """The one line it ended with."""
+        (line,) = [line for line in self.said().splitlines() if line.startswith("streamlstm: error: ")]
+        return line
 
     def wait(self, timeout_s: float = 60.0) -> int:
         """Let it end by itself; its exit code."""
@@ -137,8 +157,3 @@ class Service:
     def close(self) -> None:
         if self.child is not None:
             self.kill()
-
-
-def _nothing_left(positions: list[dict[str, Any]]) -> bool:
-    lag = [p["lag_records"] for p in positions]
-    return bool(lag) and all(left == 0 for left in lag)

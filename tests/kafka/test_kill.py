@@ -76,15 +76,21 @@ def be_killed(service: Service, rng: random.Random) -> None:
 
     Every fourth while it starts or replays; the others somewhere between two polls, commits or checkpoints.
     """
-    for kill, target in enumerate(sorted(rng.randrange(1, int(0.95 * RECORDS)) for _ in range(KILLS))):
+    targets = sorted(rng.randrange(1, int(0.95 * RECORDS)) for _ in range(KILLS))
+    for kill, target in enumerate(targets):
         service.start()
         if kill % 4 == 3:
             time.sleep(rng.uniform(0.3, 3.0))
         else:
             service.wait_ready()
-            service.wait_committed(target, 60)
+            reach(service, target)
             time.sleep(rng.uniform(0.0, 0.3))
         service.kill()
+
+
+def reach(service: Service, target: int) -> None:
+    """Until so much is committed; an earlier life may have come further than that."""
+    wait_for(lambda: service.nothing_left() or service.committed() >= target, 60, f"{target} records are committed")
 
 
 @pytest.fixture
@@ -110,7 +116,12 @@ def test_one_partition_killed_and_not_killed_publish_the_same_bytes(
 
     finish(
         deployment,
-        served(deployment, tmp_path / "calm", checkpoint={"url": str(tmp_path / "calm/state"), "every": EVERY}),
+        served(
+            deployment,
+            tmp_path / "calm",
+            partitions=1,
+            checkpoint={"url": str(tmp_path / "calm/state"), "every": EVERY},
+        ),
     )
     expected = [deployment.committed(topic) for topic in ours[:2]]
     assert len(expected[0]) + len(expected[1]) > 0.95 * RECORDS
@@ -120,7 +131,10 @@ def test_one_partition_killed_and_not_killed_publish_the_same_bytes(
         admin.delete_topics(ours)
     wait_for(lambda: remade(deployment), 30, "the topics are made anew")
     service = served(
-        deployment, tmp_path / "killed", checkpoint={"url": str(tmp_path / "killed/state"), "every": EVERY}
+        deployment,
+        tmp_path / "killed",
+        partitions=1,
+        checkpoint={"url": str(tmp_path / "killed/state"), "every": EVERY},
     )
     be_killed(service, random.Random(17))
     finish(deployment, service)
@@ -143,6 +157,7 @@ def test_four_partitions_killed_equal_their_recorded_cuts(
     service = served(
         deployment,
         tmp_path / "killed",
+        partitions=4,
         checkpoint={"url": str(tmp_path / "killed/state"), "every": EVERY},
         sink={"progress": {"trim": False}},
     )
