@@ -444,7 +444,7 @@ def _restore(maker: EngineMaker, loaded: Loaded, settings: Settings) -> Steppabl
     except ValueError as error:
         keys = changed(loaded.generation.provenance.settings.learning, settings.learning)
         if keys:
-            raise ConfigError(f"the state cannot take over {', '.join(keys)}: {error}") from error
+            raise ConfigError(f"the state cannot take over {', '.join(keys)}, set them back: {error}") from error
         raise CheckpointError(
             f"the state of step {loaded.generation.step} does not fit the configuration: {error}"
         ) from error
