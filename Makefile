@@ -1,5 +1,5 @@
 # make setup | demo | lint | types | test | bench | soak
-PYTHON ?= python3.11
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV   := .venv
 BIN    := $(VENV)/bin
 # TORCH=cpu takes PyTorch's own CPU index: a small build, for machines without a GPU.
@@ -34,6 +34,9 @@ test: lint types unit
 
 bench: setup
 	$(BIN)/python bench/engine.py
+	$(BIN)/python bench/decode.py
+	$(BIN)/python bench/encode.py
+	$(BIN)/python bench/help.py
 	$(BIN)/python bench/accuracy.py
 
 soak: setup

@@ -24,11 +24,9 @@ from streamlstm.service.daemon import Daemon, Log, Pace, Startup, StoppedEarly
 from streamlstm.service.encode import ForecastEncoder
 from streamlstm.service.http import HttpServer
 from streamlstm.service.logging import configure_logging
-from streamlstm.service.metrics import Metrics
 from streamlstm.service.observer import Observers
-from streamlstm.service.scores import WindowedScores
-from streamlstm.service.status import About, Status
 from streamlstm.service.stopping import Stop, signals_stop
+from streamlstm.service.watch import watch
 from streamlstm.transport.deadline import Deadline, leave
 from streamlstm.transport.kafka.preflight import preflight
 from streamlstm.transport.kafka.progress import KafkaProgressLog
@@ -71,19 +69,11 @@ def serve(config: Config) -> None:
 
 def _watch(stack: ExitStack, config: Config, device: str, log: Log) -> Observers:
     """Status, metrics and the HTTP server that answers from them."""
-    horizons = config.model.horizons
-    status = Status(
-        About(config.name, __version__, config_hash(config), device),
-        WindowedScores(horizons, config.metrics.window, seasonal=config.season is not None),
-        stall_after_s=config.http.stall_after,
-        clock_s=time.time,
-        monotonic_s=time.monotonic,
-    )
-    metrics = Metrics(status, topics=config.source.topics, horizons=horizons, learning_rate=config.learning_rate)
-    server = HttpServer(config.http.listen, status, metrics.render)
+    seen = watch(config, config_hash(config), device)
+    server = HttpServer(config.http.listen, seen.status, seen.metrics.render)
     log.info("listening", address=server.start())
     stack.callback(server.close)
-    return Observers(status, metrics)
+    return seen.observer
 
 
 def _world(

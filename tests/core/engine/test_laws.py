@@ -49,7 +49,7 @@ def scenarios(draw):
         },
     )
     config = with_learning_rate(config, draw(st.sampled_from([1e-3, 1e-1, 1e30])))
-    count = draw(st.integers(1, 260))
+    count = draw(st.integers(1, 200))
     series = draw(st.sampled_from([1, 2, 3, 7, 12, 40]))
     batch = streams.random_batch(draw(st.integers(0, 2**31)), count, series, draw(st.sampled_from(KINDS)))
     cuts = sorted({0, count, *draw(st.lists(st.integers(0, count), max_size=20))})
@@ -57,17 +57,26 @@ def scenarios(draw):
     return config, batch, cuts, resumes
 
 
-SLOW = settings(
-    max_examples=50,
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
-)
+def searching(examples: int, *, derandomize: bool) -> settings:
+    slow = [HealthCheck.too_slow, HealthCheck.data_too_large]
+    return settings(max_examples=examples, deadline=None, derandomize=derandomize, suppress_health_check=slow)
 
 
-@SLOW
+@searching(25, derandomize=True)
 @given(scenarios())
 def test_one_step_of_n_equals_n_steps_of_one_and_resume_equals_never_stopped(scenario):
+    hold_to_the_law(scenario)
+
+
+@pytest.mark.soak
+@searching(1000, derandomize=False)
+@given(scenarios())
+def test_the_law_over_many_more_streams(scenario):
+    hold_to_the_law(scenario)
+
+
+def hold_to_the_law(scenario):
+    """The same bits from steps of one, one step, random steps, and random steps with resumes between them."""
     config, batch, cuts, resumes = scenario
     count = cuts[-1]
     engine, reports = streams.run(config, batch, list(range(count + 1)))
