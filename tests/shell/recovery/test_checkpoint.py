@@ -1,4 +1,5 @@
 import errno
+import itertools
 import json
 import os
 import random
@@ -156,6 +157,15 @@ def test_the_reason_names_the_file(store):
     _, (refused,) = store.newest()
 
     assert refused.reason == "optim.pt is damaged: its SHA-256 is not the manifest's"
+
+
+def test_a_manifest_spelled_otherwise_is_damaged(store):
+    write(store, 1)
+    path = store.directory / f"{1:020d}" / "MANIFEST.json"
+    path.write_bytes(path.read_bytes().replace(b",", b", ", 1))
+
+    with pytest.raises(CheckpointError, match=r"MANIFEST\.json is damaged"):
+        store.verify(1)
 
 
 def test_a_file_that_is_not_listed_is_not_tolerated(store):
@@ -429,6 +439,25 @@ def test_wherever_a_replacement_is_cut_one_of_the_two_is_there(tmp_path):
             assert loaded.generation.provenance == provenance(2)
             return
     pytest.fail("the replacement never came to its end")
+
+
+def test_whichever_operation_of_a_replacement_fails_one_of_the_two_is_there(tmp_path):
+    for at in itertools.count(1):
+        directory = tmp_path / f"{at}"
+        first = CheckpointStore(directory).open()
+        first.write(state(2), provenance(1))
+        first.close()
+        disk = Failing(at, errno.ENOSPC)
+        store = CheckpointStore(directory, disk).open()
+        error = attempt(store)
+        loaded, refused = store.newest()
+        assert loaded is not None
+        assert refused == []
+        assert loaded.generation.provenance in (provenance(1), provenance(2))
+        store.close()
+        if error is None:
+            break
+    assert not disk.failed
 
 
 def test_meta_says_where_it_stands(store):

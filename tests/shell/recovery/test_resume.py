@@ -350,6 +350,30 @@ def commit_nothing(process: Process) -> None:
     process.publisher.commit = die
 
 
+def test_a_generation_0_that_was_overtaken_is_not_used(tmp_path):
+    broker = filled()
+    ours = Process(broker, tmp_path / "ours", settings=changed_settings(source__start="latest"), start="latest")
+    ours.begin()
+    ours.store.close()
+    # Brought to another host, changed there, and started there before the first step.
+    shutil.copytree(tmp_path / "ours", tmp_path / "theirs")
+    Process(broker, tmp_path / "theirs").begin()
+
+    with pytest.raises(ProgressError, match="began with another generation 0"):
+        Process(broker, tmp_path / "ours").begin()
+
+
+def test_generation_0_is_kept_while_nothing_changed(tmp_path):
+    broker = filled()
+    digests = set()
+    for _ in range(3):
+        process = Process(broker, tmp_path / "state")
+        digests.add(process.begin().generation.digest)
+        process.store.close()
+
+    assert len(digests) == 1
+
+
 def test_latest_is_resolved_once(tmp_path):
     broker, state = filled(records=10), tmp_path / "state"
     process = Process(broker, state, start="latest")

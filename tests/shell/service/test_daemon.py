@@ -253,6 +253,29 @@ def test_the_loop_goes_on_while_a_checkpoint_is_written(tmp_path):
     process.store.close()
 
 
+def test_a_checkpoint_that_ends_while_steps_are_open_does_not_begin_the_next_among_them(tmp_path):
+    process = Process(filled(300), tmp_path / "state", pace=replace(PACE, commit_every_s=1e6, trim=False), keep=99)
+    process.begin()
+    waiting: queue.SimpleQueue = queue.SimpleQueue()
+    assert process.daemon is not None
+    process.daemon._writer = BackgroundWriter(process.store, 99, start=waiting.put)
+    for _ in range(25):
+        process.daemon.turn()
+    assert process.daemon._open.reports
+    waiting.get()()
+    process.daemon.turn()
+    while waiting.empty():
+        process.daemon.turn()
+    waiting.get()()
+
+    chain = read_chain(process.publisher.broker.progress, "n")
+    for step in process.store.steps()[1:]:
+        progress = process.store.verify(step).provenance.progress
+        assert progress is not None
+        assert chain.ends_at(progress) == step
+    process.store.close()
+
+
 def test_bad_input_may_be_told_to_end_it(tmp_path):
     broker = Broker({"in": [[message("a", 1.0), b"broken"]]})
     process = Process(broker, tmp_path / "state", pace=replace(PACE, on_error="fail"))
