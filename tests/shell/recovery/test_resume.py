@@ -409,6 +409,21 @@ def test_a_changed_start_before_the_first_step_makes_generation_0_anew(tmp_path)
     assert process.store.verify(0).provenance.settings.identity["source.start"] == "earliest"
 
 
+def test_a_change_that_is_not_about_the_start_does_not_move_it(tmp_path):
+    broker, state = filled(records=10), tmp_path / "state"
+    latest = changed_settings(source__start="latest")
+    first = Process(broker, state, start="latest", settings=latest)
+    positions = first.begin().positions
+    first.store.close()
+    fill(broker.inputs["in"], range(10, 20))
+
+    again = Process(broker, state, start="latest", settings=replace(latest, learning={"gain": 0.1}))
+
+    assert again.begin().positions == positions
+    assert again.store.verify(0).provenance.settings.learning == {"gain": 0.1}
+    again.store.close()
+
+
 def test_a_kill_while_generation_0_is_made_anew_is_no_different(tmp_path):
     for at in itertools.count():
         broker, state = filled(records=10), tmp_path / "state"
