@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from streamlstm.recovery.checkpoint import CheckpointStore
 
 
-@click.group(cls=Group)
+@click.group(cls=Group, epilog=examples("streamlstm checkpoint list -c forecasts.yaml"))
 def checkpoint() -> None:
     """What is stored."""
 

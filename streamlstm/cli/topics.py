@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from streamlstm.transport.kafka.topics import Made
 
 
-@click.group(cls=Group)
+@click.group(cls=Group, epilog=examples("streamlstm topics create -c forecasts.yaml"))
 def topics() -> None:
     """The topics a deployment writes to."""
 

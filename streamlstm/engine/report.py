@@ -112,10 +112,17 @@ class StepReport:
         Not of encoded bytes: a new field in the JSON must not break every progress chain.
         """
         batch, out = self.batch, self.forecasts
-        order_N = _by_coordinates(batch, np.arange(len(batch), dtype=np.int32))
-        order_M = _by_coordinates(batch, out.record_M)
+        place_R = _places(batch)
+        order_N = _by_coordinates(batch, place_R, np.arange(len(batch), dtype=np.int32))
+        order_M = _by_coordinates(batch, place_R, out.record_M)
         sha = hashlib.sha256()
+        for topic, partition in sorted({(r.topic, r.partition) for r in batch.cut}):
+            sha.update(f"{topic}\0{partition}\n".encode())
+        for code in batch.code[order_N].tolist():
+            key = batch.series[code].key.encode(errors="surrogatepass")
+            sha.update(b"%d:%b" % (len(key), key))
         for name, column in (
+            ("place", place_R[batch.range_index[order_N]]),
             ("outcome", self.outcome_N[order_N]),
             ("offset", batch.offset[order_N]),
             ("row", batch.row[order_N]),
@@ -134,11 +141,12 @@ class StepReport:
         return sha.digest()
 
 
-def _by_coordinates(batch: RecordBatch, record: I32) -> NDArray[np.intp]:
+def _places(batch: RecordBatch) -> NDArray[np.int64]:
+    """For each range of the cut, the rank of its (topic, partition)."""
+    rank = {place: i for i, place in enumerate(sorted({(r.topic, r.partition) for r in batch.cut}))}
+    return np.array([rank[r.topic, r.partition] for r in batch.cut], np.int64)
+
+
+def _by_coordinates(batch: RecordBatch, place_R: NDArray[np.int64], record: I32) -> NDArray[np.intp]:
     """The order of these records by (topic, partition, offset, row)."""
-    places = sorted({(r.topic, r.partition) for r in batch.cut})
-    rank = {place: i for i, place in enumerate(places)}
-    range_rank = np.array([rank[r.topic, r.partition] for r in batch.cut] or [0], np.int64)
-    if not len(record):
-        return np.empty(0, np.intp)
-    return np.lexsort((batch.row[record], batch.offset[record], range_rank[batch.range_index[record]]))
+    return np.lexsort((batch.row[record], batch.offset[record], place_R[batch.range_index[record]]))

@@ -33,7 +33,7 @@ class EngineState:
     meta: dict[str, Any]
 
     def column(self, name: str) -> Tensor:
-        """One column over all series: shape ``[len(series), …]``, on the CPU."""
+        """One column over all series, of which there is one at least: ``[len(series), …]``, on the CPU."""
         return torch.cat([chunk.cpu() for chunk in self.columns[name]])[: len(self.series)]
 
     def digests(self) -> dict[str, str]:
@@ -43,7 +43,7 @@ class EngineState:
         for i in order:
             states.update("\0".join(map(str, self.series[i])).encode() + b"\n")
         picked = torch.tensor(order, dtype=torch.int64)
-        for name in sorted(self.columns):
+        for name in sorted(self.columns) if order else ():
             _feed(states, name, self.column(name)[picked])
         return {
             "weights": _digest(self.weights),

@@ -1,4 +1,3 @@
-import importlib.util
 import json
 import os
 import subprocess
@@ -202,8 +201,6 @@ def test_every_command_exists_and_ends_its_help_with_examples(name):
             for inner in command.list_commands(click.Context(command)):
                 yield from walk(command.get_command(click.Context(command), inner), f"{path} {inner}")
 
-    if importlib.util.find_spec(frame.COMMANDS[name].target.partition(":")[0]) is None:
-        pytest.skip("this command is not written yet")
     command = frame.cli.get_command(click.Context(frame.cli), name)
     assert [
         path for path, found in walk(command, name) if f"Examples:\n  streamlstm {path}" not in (found.epilog or "")
