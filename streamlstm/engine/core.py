@@ -68,6 +68,7 @@ class Engine:
         self._training = config.training.enabled
         self._horizons, hidden = config.model.horizons, config.model.hidden_size
         self._late_is_dead = config.series.late == "dead_letter"
+        self._undecoded = Outcome.SKIPPED if config.decode.on_error == "skip" else Outcome.DEAD
         self._rules = Rules.of(config)
         self._alpha = scaling.smoothing(config.season)
         self._max_wait = config.training.max_wait
@@ -463,7 +464,7 @@ class Engine:
             step=self.step_number,
             batch=batch,
             outcome_N=outcome_N,
-            rejected=_with_own_rejections(batch, outcome_N, verdict_N),
+            rejected=_dead_letters(batch, outcome_N, verdict_N, undecoded=self._undecoded == Outcome.DEAD),
             forecasts=Forecasts(
                 record_M=admitted.record_M,
                 clock_M=admitted.clock_M,
@@ -479,6 +480,7 @@ class Engine:
             resets=resets,
             series_total=len(self._table),
             series_warming=self._warming,
+            undecoded=self._undecoded,
         )
 
 
@@ -628,10 +630,11 @@ def _wave_by_wave(fresh: NDArray[np.int64], slot: NDArray[np.int64]) -> _Rows:
     )
 
 
-def _with_own_rejections(
-    batch: RecordBatch, outcome_N: NDArray[np.uint8], verdict_N: NDArray[np.uint8]
+def _dead_letters(
+    batch: RecordBatch, outcome_N: NDArray[np.uint8], verdict_N: NDArray[np.uint8], *, undecoded: bool
 ) -> tuple[Rejected, ...]:
-    """Decoding's rejections and admission's, in the order of the cut."""
+    """Admission's rejections and, if they are to be dead letters, decoding's; in the order of the cut."""
+    decoding = batch.rejected if undecoded else ()
     own: list[Rejected] = []
     for i in np.flatnonzero(outcome_N == Outcome.DEAD).tolist():
         where = batch.cut[batch.range_index[i]]
@@ -643,7 +646,7 @@ def _with_own_rejections(
         offset, row = int(batch.offset[i]), int(batch.row[i])
         own.append(Rejected(where.topic, where.partition, offset, row, reason, "", message))
     if not own:
-        return batch.rejected
+        return decoding
     starts: dict[tuple[str, int], list[tuple[int, int]]] = {}
     for i, r in enumerate(batch.cut):
         starts.setdefault((r.topic, r.partition), []).append((r.start, i))
@@ -653,7 +656,7 @@ def _with_own_rejections(
         turn = ranges[bisect_right(ranges, rejected.offset, key=_start) - 1][1]
         return turn, rejected.offset, rejected.row
 
-    return tuple(sorted((*batch.rejected, *own), key=order))
+    return tuple(sorted((*decoding, *own), key=order))
 
 
 def _start(placed: tuple[int, int]) -> int:

@@ -82,8 +82,9 @@ class StepReport:
     """
     The facts of one step.
 
-    ``rejected`` holds decoding's rejections and the engine's own (``future``, ``late`` by policy), by cut order.
-    ``outcome_N`` covers the batch's records; each decoding rejection is one more record, ``DEAD``.
+    ``rejected`` holds what is to be a dead letter, by cut order: decoding's rejections and the engine's own
+    (``future``, ``late`` by policy). ``outcome_N`` covers the batch's records; each decoding rejection is one more
+    record, which ended as ``undecoded``: ``DEAD``, or ``SKIPPED`` by policy and then not in ``rejected``.
     ``resets`` counts carries that started from zero, by reason (``gap``, ``non_finite``).
     ``series_total`` and ``series_warming`` are states after the step.
     """
@@ -97,12 +98,13 @@ class StepReport:
     resets: Mapping[str, int]
     series_total: int
     series_warming: int
+    undecoded: Outcome = Outcome.DEAD
 
     def counts(self) -> dict[Outcome, int]:
         """Records by outcome; they add up to all records of the cut."""
         per = np.bincount(self.outcome_N, minlength=len(Outcome))
         counts = {outcome: int(per[outcome]) for outcome in Outcome}
-        counts[Outcome.DEAD] += len(self.batch.rejected)
+        counts[self.undecoded] += len(self.batch.rejected)
         return counts
 
     def digest(self) -> bytes:

@@ -327,3 +327,17 @@ def test_a_state_of_another_shape_is_refused_by_name(sections, named):
     engine, _ = streams.run(config, streams.random_batch(1, 50, 3, "mixed"), [0, 50])
     with pytest.raises(ValueError, match=named):
         Engine.restore(streams.small_config(**sections), "cpu", engine.state())
+
+
+def test_what_is_skipped_by_policy_is_counted_as_skipped_and_is_no_dead_letter():
+    batch = streams.random_batch(8, 200, 3, "mixed")
+    lost = len(batch.rejected)
+    assert lost
+    reports = {}
+    for policy in ("dead_letter", "skip"):
+        decode = {"series_id": ["$.id"], "timestamp": {"path": "$.t"}, "target": "$.y", "on_error": policy}
+        reports[policy] = Engine.create(streams.small_config(decode=decode), "cpu").step(batch)
+    kept, skipped = (reports[policy].counts() for policy in ("dead_letter", "skip"))
+    assert (skipped[Outcome.SKIPPED], skipped[Outcome.DEAD]) == (lost, kept[Outcome.DEAD] - lost)
+    assert not set(batch.rejected) & set(reports["skip"].rejected)
+    assert sum(skipped.values()) == 200
