@@ -1,6 +1,7 @@
 """What ``streamlstm produce`` does: rows of files to keys and values, in chunks, at a rate, behind a progress bar."""
 
 import gc
+import itertools
 import re
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
@@ -98,13 +99,24 @@ def _open(wanted: Wanted) -> tuple[FileSource, "Callable[[Sequence[bytes | None]
     key_of = key_finder(wanted.key) if wanted.key else None
     as_json = json_of(files.columns, wanted.csv) if files.columns is not None else None
 
+    def keyed(value: bytes) -> Keyed:
+        if len(value) > _LONGEST:
+            raise DataError(f"longer than {_LONGEST >> 20} MiB")
+        document = value if as_json is None else as_json(value)
+        return (None if key_of is None else key_of(document)), document
+
+    number = itertools.count(1)
+
     def rows(values: Sequence[bytes | None]) -> Generator[Keyed]:
         for value in values:
+            n = next(number)
             assert value is not None
-            if len(value) > _LONGEST:
-                raise DataError(f"a row is longer than {_LONGEST >> 20} MiB")
-            document = value if as_json is None else as_json(value)
-            yield (None if key_of is None else key_of(document)), document
+            try:
+                row = keyed(value)
+            except DataError as error:
+                before = f"; the {n - 1:,} before it were sent already" if n > 1 else ""
+                raise DataError(f"record {n:,} of {', '.join(map(str, wanted.files))}: {error}{before}") from error
+            yield row
 
     return files, rows
 

@@ -96,10 +96,8 @@ def replay_history(config: Config, asked: Asked, *, as_json: bool) -> Iterator[s
     for note in feed.notes():
         click.echo(f"note: {note}", err=True)
     if asked.strict and (summary.rejected or summary.differing):
-        raise DataError(
-            f"--strict: {sum(summary.rejected.values()):,} records could not be used, "
-            f"{summary.differing:,} of {summary.compared:,} recorded digests differ"
-        )
+        digests = f", {summary.differing:,} of {summary.compared:,} recorded digests differ" if asked.recorded else ""
+        raise DataError(f"--strict: records that could not be used: {sum(summary.rejected.values()):,}{digests}")
 
 
 class _Feed(NamedTuple):

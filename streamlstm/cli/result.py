@@ -37,6 +37,9 @@ def as_lines(result: Result, *, recorded: bool) -> Iterator[str]:
     yield f"records   {total:,}" + (f" = {' + '.join(outcomes)}" if outcomes else "")
     if summary.rejected:
         yield "rejected  " + ", ".join(f"{n:,} {reason}" for reason, n in summary.rejected.most_common())
+    if (first := summary.first_rejected) is not None:
+        where = f"{first.topic}-{first.partition} @ {first.offset} row {first.row}"
+        yield f"          the first: {where}: {': '.join(filter(None, (first.path, first.message)))!r}"
     skipped = f", {summary.skipped_updates:,} skipped" if summary.skipped_updates else ""
     yield f"updates   {summary.updates:,}{skipped}"
     yield f"time      {elapsed_s:.1f} s, {total / max(elapsed_s, 1e-9):,.0f} records/s"
@@ -52,7 +55,11 @@ def _table(result: Result) -> Iterator[str]:
     score, config = result.score, result.config
     experts = _experts(config)
     names = [_NAMES[EXPERTS[x]] for x in experts]
-    what = "raw" if result.standardise is None else f"standardised by the first {result.standardise:,} values"
+    what = (
+        "in the units of the values"
+        if result.standardise is None
+        else f"standardised by the first {result.standardise:,} values"
+    )
     where = f", scored from row {result.score_from:,}" if result.score_from else ""
     left_out = f", {score.left_out:,} constant series left out" if score.left_out else ""
     yield f"{what}{where}{left_out}"

@@ -15,7 +15,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from streamlstm.engine.report import Outcome, StepReport
-from streamlstm.records.batch import Cut, Headers, Messages, Range, RecordBatch, SeriesId
+from streamlstm.records.batch import Cut, Headers, Messages, Range, RecordBatch, Rejected, SeriesId
 from streamlstm.service.scores import StreamScores
 from streamlstm.transport.interfaces import Position
 
@@ -53,6 +53,7 @@ class Summary:
     steps: int = 0
     records: dict[Outcome, int] = field(default_factory=lambda: dict.fromkeys(Outcome, 0))
     rejected: Counter[str] = field(default_factory=Counter[str])
+    first_rejected: Rejected | None = None
     updates: int = 0
     skipped_updates: int = 0
     compared: int = 0
@@ -65,6 +66,8 @@ class Summary:
         for outcome, count in report.counts().items():
             self.records[outcome] += count
         self.rejected.update(r.reason for r in report.rejected)
+        if self.first_rejected is None and report.rejected:
+            self.first_rejected = report.rejected[0]
         skipped = sum(u.skipped for u in report.updates)
         self.skipped_updates += skipped
         self.updates += len(report.updates) - skipped

@@ -159,7 +159,7 @@ class Status:
         lag_s, score = self.lag_s(), self.score()
         with self._lock:
             places = sorted({*self._positions, *self._lag})
-            resumed, saved = self._resumed, self._checkpointed
+            resumed = self._resumed
             return {
                 "name": self.about.name,
                 "version": self.about.version,
@@ -189,14 +189,7 @@ class Status:
                     "replayed_steps": resumed.replayed_steps,
                     "rebased": resumed.rebased,
                 },
-                "checkpoint": saved
-                and {
-                    "outcome": saved.outcome,
-                    "step": saved.step,
-                    "bytes": saved.bytes,
-                    "at_s": saved.at_s,
-                    "error": saved.error,
-                },
+                "checkpoint": _checkpoint(self._checkpointed, resumed),
                 "accuracy": [
                     {
                         "horizon": bucket.label,
@@ -209,6 +202,22 @@ class Status:
                     for b, bucket in enumerate(self._scores.buckets)
                 ],
             }
+
+
+def _checkpoint(saved: Checkpointed | None, resumed: Resumed | None) -> dict[str, Any] | None:
+    """The last attempt of this process, before that the checkpoint it came up from."""
+    if saved is not None:
+        return {
+            "outcome": saved.outcome,
+            "step": saved.step,
+            "bytes": saved.bytes,
+            "at_s": saved.at_s,
+            "error": saved.error,
+        }
+    if resumed is not None:
+        at_s = resumed.checkpoint_at_s
+        return {"outcome": "found", "step": resumed.checkpoint_step, "bytes": None, "at_s": at_s, "error": None}
+    return None
 
 
 def _newest_broker_s(batch: RecordBatch) -> dict[Place, float]:

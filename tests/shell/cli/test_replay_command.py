@@ -123,7 +123,7 @@ def test_the_table_and_the_json_say_the_same(config: Path, data: Path, capsys: p
     assert main(["replay", "-c", str(config), "--from", str(data)]) == 0
     captured = capsys.readouterr()
     lines = captured.out.splitlines()
-    assert lines[0] == "raw"
+    assert lines[0] == "in the units of the values"
     (all_horizons,) = [line.split() for line in lines if line.lstrip().startswith("all ")]
     score = said["scores"][-1]
     assert score["horizon"] == "all"
@@ -191,7 +191,7 @@ def test_strict_exits_65_after_the_table(ndjson: tuple[Path, Path], capsys: pyte
     assert main(["replay", "-c", str(config), "--from", str(data), "--strict"]) == 65
     captured = capsys.readouterr()
     assert "records   30 = " in captured.out
-    assert "2 records could not be used" in captured.err
+    assert "records that could not be used: 2" in captured.err
 
 
 def test_on_error_fail_exits_65_at_the_record(
