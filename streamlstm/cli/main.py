@@ -13,7 +13,7 @@ import click
 from streamlstm import __version__
 from streamlstm.cli.groups import Entry, LazyGroup
 from streamlstm.cli.options import examples
-from streamlstm.errors import StreamlstmError
+from streamlstm.errors import ConfigError, StreamlstmError
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 
@@ -70,10 +70,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except StreamlstmError as error:
         label = click.style("error:", fg="red", bold=True)
-        click.echo(f"streamlstm: {label} {error}", err=True, color=colour)
+        click.echo(f"streamlstm: {label} {_visible(error)}", err=True, color=colour)
         return error.exit_code
     # Commands return nothing; a number is what --help, --version or ctx.exit() ended with.
     return code if isinstance(code, int) else 0
+
+
+def _visible(error: StreamlstmError) -> str:
+    """
+    Its message, with control characters escaped: no name from outside may forge a line or steer a terminal.
+
+    Only a :class:`ConfigError` has lines of its own, one per problem; what it quotes is escaped already.
+    """
+    kept = " \n" if isinstance(error, ConfigError) else " "
+    return "".join(c if c.isprintable() or c in kept else repr(c)[1:-1] for c in str(error))
 
 
 if __name__ == "__main__":

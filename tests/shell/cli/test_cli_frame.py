@@ -127,6 +127,21 @@ def test_each_error_is_one_message_on_stderr_and_its_own_exit_code(program, caps
     assert capsys.readouterr() == ("", "streamlstm: error: it broke: mend it\n")
 
 
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (errors.DataError, r"no field a\nstreamlstm: fine\x1b[2J\u2028b\ud800"),
+        (errors.ConfigError, "no field a\nstreamlstm: fine\\x1b[2J\\u2028b\\ud800"),
+    ],
+)
+def test_what_an_error_quotes_can_neither_forge_a_line_nor_steer_the_terminal(program, capsys, error, told):
+    def body():
+        raise error("no field a\nstreamlstm: fine\x1b[2J\u2028b\ud800")
+
+    program(body)
+    assert capsys.readouterr().err == f"streamlstm: error: {told}\n"
+
+
 def test_an_interrupt_is_130(program):
     def body():
         raise KeyboardInterrupt
