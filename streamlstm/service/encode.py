@@ -9,6 +9,7 @@ that reads back as the same double, times are RFC 3339 in UTC with as many decim
 Axes: M forecast records, K horizons.
 """
 
+import hashlib
 from collections.abc import Sequence
 
 import msgspec
@@ -26,6 +27,14 @@ _FIRST_S = -62_135_596_800  # 0001-01-01T00:00:00Z
 _LAST_S = 253_402_300_799  # 9999-12-31T23:59:59Z
 _CHUNK = 1 << 16  # forecasts formatted at once: bounds the memory of a step with many horizons
 _ROWS_CHARS = 1000
+_TEXT_CHARS = 4000
+
+MAX_DEAD_LETTER_BYTES = 900 << 10
+"""Key, value and headers of a dead letter: less than the 1 MiB that a topic takes by default, with room for framing."""
+
+_CUT_VALUE = 64 << 10
+_CUT_KEY = 1 << 10
+_CUT_HEADERS = 64 << 10
 _POWERS = 10 ** np.arange(8, -1, -1, dtype=np.int64)
 
 
@@ -122,6 +131,10 @@ class ForecastEncoder:
 
         ``reason``, ``message`` and ``path`` are those of the first bad row, ``rows`` lists them all (``0,2-5``).
         ``timestamp`` is the input message's, so that the same log makes the same dead letters.
+
+        A message that would make more than :data:`MAX_DEAD_LETTER_BYTES` is cut, for the topic would refuse it at
+        every start: 64 KiB of the value and 1 KiB of the key are kept, the headers if they come to no more than 64 KiB,
+        and ``value_bytes`` and ``value_sha256`` tell of the whole value.
         """
         bad: dict[tuple[str, int, int], list[Rejected]] = {}
         for rejected in report.rejected:
@@ -137,8 +150,8 @@ class ForecastEncoder:
             )
             error = {
                 "reason": first.reason.encode(),
-                "message": _utf8(first.message),
-                "path": _utf8(first.path),
+                "message": _utf8(_shorten(first.message)),
+                "path": _utf8(_shorten(first.path)),
                 "topic": _utf8(first.topic),
                 "partition": b"%d" % first.partition,
                 "offset": b"%d" % first.offset,
@@ -146,10 +159,17 @@ class ForecastEncoder:
                 "timestamp": stamp,
                 "version": self._version.encode(),
             }
+            key, value = messages.key[i], messages.value[i]
             headers = [*(messages.headers[i] if messages.headers else ())]
-            headers += [(f"streamlstm.error.{name}", value) for name, value in error.items()]
+            told = [(f"streamlstm.error.{name}", text) for name, text in error.items()]
+            if len(key or b"") + len(value or b"") + _size(headers) + _size(told) > MAX_DEAD_LETTER_BYTES:
+                if value is not None:
+                    told.append(("streamlstm.error.value_bytes", b"%d" % len(value)))
+                    told.append(("streamlstm.error.value_sha256", hashlib.sha256(value).hexdigest().encode()))
+                key, value = key and key[:_CUT_KEY], value and value[:_CUT_VALUE]
+                headers = headers if _size(headers) <= _CUT_HEADERS else []
             stamp_ms = broker_ns // 1_000_000 if broker_ns >= 0 else None
-            letters.append(OutMessage(messages.key[i], messages.value[i], headers, stamp_ms))
+            letters.append(OutMessage(key, value, headers + told, stamp_ms))
         return letters
 
 
@@ -235,6 +255,16 @@ def _format_rows(rows: Sequence[int]) -> str:
             parts.append([row, row])
     text = ",".join(f"{a}-{b}" if a < b else f"{a}" for a, b in parts)
     return text if len(text) <= _ROWS_CHARS else text[: text.rindex(",", 0, _ROWS_CHARS)] + ",…"
+
+
+def _size(headers: Sequence[tuple[str, bytes | None]]) -> int:
+    """Bytes of headers, with what their framing takes."""
+    return sum(8 + len(_utf8(name)) + len(value or b"") for name, value in headers)
+
+
+def _shorten(text: str) -> str:
+    """What fits a header: a field name from the message may be as long as the message."""
+    return text if len(text) <= _TEXT_CHARS else text[:_TEXT_CHARS] + "…"
 
 
 def _utf8(text: str) -> bytes:

@@ -1,3 +1,4 @@
+import hashlib
 import json
 import math
 from datetime import UTC, datetime, timedelta
@@ -215,6 +216,36 @@ def test_a_dead_letter_is_the_message_untouched_and_says_why() -> None:
         ("streamlstm.error.timestamp", b"2026-11-19T08:00:01Z"),
         ("streamlstm.error.version", b"0.1.0"),
     ]
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "header"),
+    [(1, 2 << 20, 1), (2 << 20, 1, 1), (1, 1, 2 << 20), (1, 921_600, 1), (400_000, 400_000, 400_000)],
+    ids=["value", "key", "headers", "just too large", "all together"],
+)
+def test_a_dead_letter_always_fits_its_topic_and_says_what_was_cut(key: int, value: int, header: int) -> None:
+    whole = b"v" * value
+    messages = make_messages([whole], key=[b"k" * key], headers=[[("trace", b"h" * header)]])
+    (letter,) = encode_dead_letters(make_report(records=0, undecoded=[bad(0)]), messages)
+    headers = dict(letter.headers)
+    assert letter.key == b"k" * min(key, 1 << 10)
+    assert letter.value == whole[: 64 << 10]
+    assert headers.get("trace") == (b"h" * header if header == 1 else None)
+    assert headers["streamlstm.error.value_bytes"] == b"%d" % value
+    assert headers["streamlstm.error.value_sha256"] == hashlib.sha256(whole).hexdigest().encode()
+
+
+def test_a_dead_letter_that_fits_is_not_cut() -> None:
+    messages = make_messages([b"v" * 900_000], key=[b"k" * 5000], headers=[[]])
+    (letter,) = encode_dead_letters(make_report(records=0, undecoded=[bad(0)]), messages)
+    assert (len(letter.key or b""), len(letter.value or b"")) == (5000, 900_000)
+    assert "streamlstm.error.value_bytes" not in dict(letter.headers)
+
+
+def test_a_field_name_as_long_as_the_message_fits_a_header() -> None:
+    long = Rejected("in", 0, 0, 0, "schema", "$." + "x" * 2**20, "no " + "x" * 2**20)
+    (letter,) = encode_dead_letters(make_report(records=0, undecoded=[long]), make_messages([b"v"]))
+    assert sum(len(value or b"") for _, value in letter.headers) < 10_000
 
 
 def test_several_bad_rows_of_one_message_are_one_dead_letter() -> None:
