@@ -85,11 +85,23 @@ def ssl_context(security: Security) -> ssl.SSLContext | None:
 
 
 def password(security: Security) -> str | None:
-    """The SASL password out of its file, without the trailing newline."""
+    """
+    The SASL password out of its file, without the trailing newline.
+
+    Raises :class:`~streamlstm.errors.ConfigError` for a file that cannot be read, is not UTF-8, or is empty.
+    """
     if security.password_file is None:
         return None
     _readable("password_file", security.password_file)
-    return Path(security.password_file).read_text(encoding="utf-8").rstrip("\r\n")
+    raw = Path(security.password_file).read_bytes()
+    try:
+        secret = raw.decode("utf-8").rstrip("\r\n")
+    except UnicodeDecodeError:
+        # Not as the cause: it carries what the file holds.
+        raise ConfigError(f"source.security.password_file: {security.password_file} is not UTF-8 text") from None
+    if not secret:
+        raise ConfigError(f"source.security.password_file: {security.password_file} is empty")
+    return secret
 
 
 def _readable(key: str, path: str | None) -> None:
