@@ -118,6 +118,21 @@ def test_a_message_too_large_for_its_topic_is_refused_by_name(
     assert deployment.progress().read() == []
 
 
+def test_a_timestamp_its_topic_refuses_is_told_with_the_settings_to_widen(
+    deploy: Callable[..., Deployment], cluster: Cluster
+) -> None:
+    deployment = deploy(cluster)
+    deployment.make_topic(deployment.input, 1)
+    deployment.make_topic(deployment.config.forecast_topic, 1, message_timestamp_before_max_ms="1000")
+    deployment.make_topic(deployment.config.dead_letter_topic, 1)
+    deployment.make_topic(deployment.config.progress_topic, 1)
+    publisher = deployment.publisher()
+    publisher.begin_session()
+    with pytest.raises(DataError, match=r"timestamp.*widen .*message\.timestamp\.before\.max\.ms"):
+        publisher.commit(Outputs([OutMessage(b"k", b"v", [], 1_700_000_000_000)], [], b"step"))
+    assert deployment.progress().read() == []
+
+
 def test_a_commit_that_hangs_meets_its_deadline(deploy: Callable[..., Deployment], own_broker: Cluster) -> None:
     """The broker dies after every send was acknowledged: kafka-python's commit then waits without limit."""
     deployment = deploy(own_broker, deadline="6s").with_topics()

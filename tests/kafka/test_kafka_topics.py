@@ -119,6 +119,17 @@ def test_limits_that_bite_later_are_told_at_once(bare: Deployment) -> None:
     assert "are deleted as soon as they are made" in said
 
 
+def test_a_topic_of_ours_that_refuses_times_the_input_accepts_is_told(bare: Deployment) -> None:
+    bare.make_topic(bare.input, 1, message_timestamp_after_max_ms="7200000")
+    bare.make_topic(bare.config.forecast_topic, 1, message_timestamp_after_max_ms="3600000")
+    bare.make_topic(bare.config.dead_letter_topic, 1, message_timestamp_before_max_ms="1000")
+    create_topics(bare.config)
+    said = "\n".join(check_topics(bare.config))
+    assert f"{bare.config.forecast_topic} has message.timestamp.after.max.ms=3600000 and {bare.input} 7200000" in said
+    assert f"{bare.config.dead_letter_topic} has message.timestamp.before.max.ms=1000" in said
+    assert f"{bare.config.forecast_topic} has message.timestamp.before" not in said
+
+
 def test_topics_create_prints_a_line_for_each(bare: Deployment, capsys: pytest.CaptureFixture[str]) -> None:
     bare.make_topic(bare.input, 2)
     assert main(["topics", "create", "-c", config_file(bare), "--partitions", "4"]) == 0

@@ -27,9 +27,12 @@ _MEANING: tuple[tuple[tuple[type[Exception], ...], type[StreamlstmError], str], 
         "a message is larger than its topic allows, while {doing}: raise the topic's max.message.bytes ({what})",
     ),
     (
-        (kafka_errors.InvalidTimestampError,),
+        (kafka_errors.InvalidTimestampError, kafka_errors.InvalidRecordError),
         DataError,
-        "its topic refuses a message's timestamp, while {doing}: raise message.timestamp.before/after.max.ms ({what})",
+        (
+            "its topic refuses a message, most likely for its timestamp, while {doing}: widen its settings "
+            "message.timestamp.before.max.ms and message.timestamp.after.max.ms ({what})"
+        ),
     ),
     (
         (kafka_errors.UnsupportedCodecError,),

@@ -139,6 +139,7 @@ def check_topics(config: Config) -> list[str]:
     warnings += [w for topic in inputs for w in _input_warnings(topic)]
     warnings += _room_for_dead_letters(dead_letters, inputs)
     warnings += [w for topic in inputs for w in _kept_too_short(forecasts, topic)]
+    warnings += [w for ours in (forecasts, dead_letters) for topic in inputs for w in _narrower_times(ours, topic)]
     return warnings
 
 
@@ -198,6 +199,18 @@ def _kept_too_short(forecasts: Topic, topic: Topic) -> list[str]:
         shorter = f"{forecasts.name} has retention.ms={kept_ms} and {topic.name} {input_ms}"
         return [f"{shorter}: forecasts of its older records are deleted as soon as they are made"]
     return []
+
+
+def _narrower_times(ours: Topic, topic: Topic) -> list[str]:
+    """What goes out has its record's timestamp, so a topic of ours must accept what the input accepted."""
+    out, into = ours.settings or {}, topic.settings or {}
+    if out.get("message.timestamp.type") == "LogAppendTime":
+        return []
+    return [
+        f"{ours.name} has {key}={allowed} and {topic.name} {given}: a record outside it stops the stream; widen it"
+        for key in ("message.timestamp.before.max.ms", "message.timestamp.after.max.ms")
+        if (allowed := out.get(key)) is not None and (given := into.get(key)) is not None and int(allowed) < int(given)
+    ]
 
 
 def _room_for_dead_letters(dead_letters: Topic, inputs: Sequence[Topic]) -> list[str]:

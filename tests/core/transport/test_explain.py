@@ -19,6 +19,7 @@ from streamlstm.transport.kafka.explain import explain
         (kafka_errors.SaslAuthenticationFailedError("no"), NotAuthorised),
         (kafka_errors.MessageSizeTooLargeError(), DataError),
         (kafka_errors.InvalidTimestampError(), DataError),
+        (kafka_errors.InvalidRecordError(), DataError),
         (kafka_errors.CorruptRecordError("crc"), DataError),
         (kafka_errors.UnsupportedCodecError("Libraries for zstd compression codec not found"), DataError),
         (kafka_errors.UnknownTopicOrPartitionError(), DataError),
