@@ -19,7 +19,8 @@ import os
 import re
 import stat
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, Self, cast
@@ -190,10 +191,15 @@ class CheckpointStore:
 
         Raises :class:`~streamlstm.errors.CheckpointError` with the file at fault.
         """
-        return self._verify(step)[0]
+        with _well_formed():
+            return self._verify(step)[0]
 
     def load(self, step: int) -> Loaded:
         """Check a generation, then read it. Raises :class:`~streamlstm.errors.CheckpointError`."""
+        with _well_formed():
+            return self._load(step)
+
+    def _load(self, step: int) -> Loaded:
         generation, listed, meta = self._verify(step)
         path = self._path(step)
         columns = _columns_of(meta)
@@ -297,12 +303,13 @@ class CheckpointStore:
         if not steps:
             return None
         try:
-            path = self._path(steps[0])
-            entry = _read_manifest(path)["files"][_META]
-            meta = json.loads(_checked(path / _META, _Listed(entry["bytes"], entry["sha256"])))
-        except (CheckpointError, OSError, KeyError):
+            with _well_formed():
+                path = self._path(steps[0])
+                entry = _read_manifest(path)["files"][_META]
+                meta = json.loads(_checked(path / _META, _Listed(entry["bytes"], entry["sha256"])))
+                return _provenance_of(meta, {}).progress
+        except (CheckpointError, OSError):
             return None
-        return _provenance_of(meta, {}).progress
 
     def _path(self, step: int) -> Path:
         return self.directory / f"{step:020d}"
@@ -435,6 +442,15 @@ def _names(directory: Path) -> list[str]:
 class _Listed(NamedTuple):
     bytes: int
     sha256: str
+
+
+@contextmanager
+def _well_formed() -> Generator[None]:
+    """What a generation says must have our shape even where its hashes are right: else it is bad, and no defect."""
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"it does not have the shape of a checkpoint: {error!r}") from error
 
 
 class _NewerSchema(CheckpointError):

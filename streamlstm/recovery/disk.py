@@ -49,5 +49,8 @@ class Disk:
         old.rename(new)
 
     def remove_tree(self, path: Path) -> None:
-        """A directory and all in it. Links are removed, never followed."""
-        shutil.rmtree(path)
+        """A directory and all in it, or whatever else is called so. Links are removed, never followed."""
+        if path.is_symlink() or not path.is_dir():
+            path.unlink()
+        else:
+            shutil.rmtree(path)

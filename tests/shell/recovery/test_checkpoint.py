@@ -1,4 +1,5 @@
 import errno
+import hashlib
 import itertools
 import json
 import os
@@ -20,6 +21,7 @@ from streamlstm.records.batch import SeriesId
 from streamlstm.recovery.checkpoint import CheckpointStore, Provenance, Settings
 from streamlstm.recovery.disk import Disk
 from streamlstm.recovery.progress import Link
+from streamlstm.recovery.snapshot import canonical_json
 from streamlstm.transport.interfaces import Position
 
 
@@ -168,6 +170,35 @@ def test_a_manifest_spelled_otherwise_is_damaged(store):
         store.verify(1)
 
 
+def reseal(path: Path, meta: object = None, **said: object) -> None:
+    """Other content, with hashes that are right."""
+    sealed = json.loads((path / "MANIFEST.json").read_bytes()) | said
+    if meta is not None:
+        data = canonical_json(meta)
+        (path / "meta.json").write_bytes(data)
+        sealed["files"]["meta.json"] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    del sealed["sha256"]
+    sealed["sha256"] = hashlib.sha256(canonical_json(sealed)).hexdigest()
+    (path / "MANIFEST.json").write_bytes(canonical_json(sealed))
+
+
+@pytest.mark.parametrize(
+    "said",
+    [{"meta": []}, {"meta": {"columns": {}}}, {"meta": "x"}, {"files": []}, {"files": {"meta.json": {}}}, {"step": []}],
+    ids=str,
+)
+def test_a_generation_of_another_shape_is_bad_however_right_its_hashes(store, said):
+    write(store, 1, 2)
+    reseal(store.directory / f"{2:020d}", **said)
+
+    loaded, refused = store.newest()
+
+    assert loaded is not None
+    assert (loaded.generation.step, [r.step for r in refused]) == (1, [2])
+    with pytest.raises(CheckpointError):
+        store.verify(2)
+
+
 def test_a_file_that_is_not_listed_is_not_tolerated(store):
     write(store, 1)
     (store.directory / f"{1:020d}" / "extra.pt").write_bytes(b"")
@@ -272,6 +303,24 @@ def test_what_a_killed_process_left_is_swept_up(store):
     again = CheckpointStore(store.directory).open()
     assert sorted(p.name for p in store.directory.iterdir()) == [f"{1:020d}", "lock"]
     again.close()
+
+
+@pytest.mark.parametrize("what", ["file", "link to a directory", "link to nothing"])
+def test_what_is_called_unfinished_and_is_no_directory_is_swept_up_too(tmp_path, what):
+    directory, other = tmp_path / "state", tmp_path / "other"
+    directory.mkdir()
+    other.mkdir()
+    (other / "kept").touch()
+    odd = directory / ".tmp-odd"
+    if what == "file":
+        odd.touch()
+    else:
+        odd.symlink_to(other if what == "link to a directory" else tmp_path / "none")
+
+    CheckpointStore(directory).open().close()
+
+    assert [p.name for p in directory.iterdir()] == ["lock"]
+    assert (other / "kept").exists()
 
 
 def test_a_second_process_is_told_who_holds_the_lock(store):
