@@ -26,10 +26,15 @@ from streamlstm.transport.interfaces import Fenced, OutMessage, Outputs
 MAX_OUTPUT_BYTES = 16 << 20
 MAX_OUTPUT_MESSAGES = 20_000
 MAX_RANGES = 4096
-"""A transaction with this much in it is committed at once: memory and the size of a progress record are bounded."""
+"""
+A transaction with this much in it is committed at once, so that memory and a progress record stay bounded.
+
+It is asked after each step, so a transaction exceeds this by one step at most. A step is one cut, which the source
+bounds (about 1 MiB of messages), and a message gives no more than ``decode.max_rows`` records.
+"""
 
 MAX_REPLAY_FACTOR = 10
-"""How many times ``checkpoint.every.records`` may be consumed while no checkpoint can be written."""
+"""How many times ``checkpoint.every.records`` may be consumed while no checkpoint is durable."""
 
 _LAG_EVERY_S = 1.0
 _RETRY_POLL_S = 0.5
@@ -148,6 +153,14 @@ class CheckpointSchedule:
         """Whether a restart would have to replay more than is sensible."""
         return self.since_durable >= MAX_REPLAY_FACTOR * self.every_records
 
+    def hangs(self) -> bool:
+        """
+        Whether the snapshot in flight has been waited for long enough.
+
+        It has at least until the next one would be due: after a long replay the first is taken when it is too far.
+        """
+        return self.too_far() and self.since_tried >= self.every_records
+
 
 class Daemon:
     """The running service: one engine, its source, its publisher, its checkpoints. :meth:`run` until asked to stop."""
@@ -204,6 +217,11 @@ class Daemon:
         if self._commit_due():
             self._commit()
         self._heed_checkpoint(self._writer.poll())
+        if self._writer.busy and self._schedule.hangs():
+            raise CheckpointNotWritten(
+                f"the checkpoint in flight does not end: {self._schedule.since_durable} records were consumed since "
+                "the last one that is durable, too many to replay; look at the disk under checkpoint.url"
+            )
         if self._checkpoint_due():
             self._snapshot()
         self._tell_lag()

@@ -186,6 +186,30 @@ def test_a_disk_that_stays_full_ends_it_before_the_replay_grows_without_limit(tm
     again.store.close()
 
 
+def test_a_checkpoint_that_never_ends_ends_it_before_the_replay_grows_without_limit(tmp_path):
+    process = Process(filled(1000), tmp_path / "state")
+    process.begin()
+    assert process.daemon is not None
+    process.daemon._writer = BackgroundWriter(process.store, 3, start=lambda _: None)
+    with pytest.raises(CheckpointNotWritten, match=r"does not end: .* too many to replay") as caught:
+        process.daemon.run()
+    process.store.close()
+
+    assert caught.value.exit_code == 74
+    consumed = len(process.publisher.broker.published)
+    assert 9 * PACE.checkpoint_every_records <= consumed < 12 * PACE.checkpoint_every_records
+
+
+def test_the_first_checkpoint_after_a_long_replay_has_time_to_end():
+    schedule = CheckpointSchedule(every_s=10, every_records=100, tried_s=0.0, since_tried=5000, since_durable=5000)
+    schedule.tried(now_s=1.0)
+    schedule.consumed(99)
+    assert schedule.too_far()
+    assert not schedule.hangs()
+    schedule.consumed(1)
+    assert schedule.hangs()
+
+
 def test_a_disk_that_loses_data_is_not_asked_twice(tmp_path):
     process, disk = failing(tmp_path, 1000, errno.EIO)
     assert process.daemon is not None
