@@ -1,6 +1,6 @@
 """The source that takes turns, against a real broker."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from itertools import pairwise
 
@@ -14,7 +14,8 @@ from kafka.structs import TopicPartition
 from streamlstm.errors import ConfigError, DataError, LogGap, TopicChanged
 from streamlstm.records.batch import Messages, Range
 from streamlstm.transport.interfaces import Position
-from streamlstm.transport.kafka.source import KafkaSource
+from streamlstm.transport.kafka.group import GroupOffsets
+from streamlstm.transport.kafka.source import CUT_BYTES, KafkaSource
 
 
 def numbered(count: int, mark: str = "v") -> list[bytes]:
@@ -82,6 +83,44 @@ def test_a_message_carries_key_value_headers_and_time(deployment: Deployment) ->
     assert messages.headers == [[("h", b"x")], []]
     assert messages.broker_ns.tolist() == [1_700_000_000_123_000_000, 1_700_000_000_124_000_000]
     assert messages.cut[0] == Range(deployment.input, 0, 0, 2)
+
+
+def test_a_header_with_a_name_that_is_no_text_does_not_stop_the_stream(deployment: Deployment) -> None:
+    """kafka-python only writes names that are text, so a short one is made invalid on its way out."""
+
+    class Name(str):
+        __slots__ = ()
+
+        def encode(self, *_: object) -> bytes:
+            return b"\xff\xfe" + str(self)[2:].encode()
+
+    producer = deployment.producer()
+    for value, name in ((b"1", "good"), (b"2", Name("..bad")), (b"3", "gut\u00e4")):
+        producer.send(deployment.input, value, key=b"k", headers=[(name, b"x")], partition=0)
+    producer.flush()
+    source = deployment.source()
+    source.seek(source.resolve_start("earliest"))
+    polled = drain(source, 3)
+    assert [v for m in polled for v in m.value] == [b"1", b"2", b"3"]
+    assert [type(v) for m in polled for v in m.value + m.key] == [bytes] * 6
+    names = [name for m in polled for headers in m.headers or [] for name, _ in headers]
+    assert names == ["good", r"\xff\xfebad", "gut\u00e4"]
+
+
+def test_a_cut_is_bounded_by_bytes_too(deployment: Deployment) -> None:
+    large = bytes(400_000)
+    deployment.fill(0, [large] * 6)
+    deployment.fill(1, [*numbered(5), bytes(CUT_BYTES - 500)])
+    source = deployment.source()
+    source.seek(source.resolve_start("earliest"))
+    polled = drain(source, 12)
+    sizes = [sum(len(v or b"") for v in m.value) for m in polled]
+    assert max(sizes) <= CUT_BYTES
+    assert len(polled) < 12
+    for partition, end in ((0, 6), (1, 6)):
+        ranges = [r for m in polled for r in m.cut if r.partition == partition]
+        assert [r.start for r in ranges] == [0, *(r.end for r in ranges[:-1])]
+        assert ranges[-1].end == end
 
 
 def test_recorded_cuts_are_read_back_exactly_and_polling_goes_on_after_them(deployment: Deployment) -> None:
@@ -245,6 +284,18 @@ def test_positions_of_other_partitions_are_refused(deployment: Deployment) -> No
         source.seek([Position(deployment.input, 0, 0), Position(deployment.input, 2, 0)])
 
 
+def test_a_partition_that_is_added_meanwhile_is_noticed(deploy: Callable[..., Deployment], cluster: Cluster) -> None:
+    deployment = deploy(cluster, properties={"metadata_max_age_ms": 300}).with_topics()
+    source = deployment.source()
+    source.seek(source.resolve_start("earliest"))
+    assert source.poll(10, 0.1) is None
+    with deployment.admin() as admin:
+        admin.create_partitions({deployment.input: 4})
+    new = f"new: {deployment.input}/2, {deployment.input}/3"
+    with pytest.raises(TopicChanged, match=new):
+        wait_until(lambda: source.poll(10, 0.1) is not None, 15, "the new partitions are noticed")
+
+
 def test_group_offsets_are_there_for_lag_tools(deployment: Deployment) -> None:
     source = deployment.source()
     for offset in (1, 2, 3):
@@ -258,6 +309,22 @@ def test_group_offsets_are_there_for_lag_tools(deployment: Deployment) -> None:
             return False
 
         wait_until(is_there, 20, "the newest position is committed")
+
+
+def test_group_offsets_survive_what_nobody_thought_of(deployment: Deployment) -> None:
+    class Surprised(GroupOffsets):
+        surprises = 1
+
+        def _commit(self, client: object, positions: Sequence[Position]) -> None:
+            if self.surprises:
+                self.surprises -= 1
+                raise RuntimeError("what nobody thought of")
+            super()._commit(client, positions)
+
+    group = Surprised(deployment.config)
+    group.offer([Position(deployment.input, 0, 1)])
+    wait_until(lambda: group._committed != (), 20, "it is committed after all")
+    group.close()
 
 
 def test_the_last_group_offsets_are_committed_on_the_way_out(deployment: Deployment) -> None:

@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 from kafka import KafkaAdminClient, KafkaConsumer, KafkaProducer
 from kafka import errors as kafka_errors
 from kafka.net.compat import KafkaNetClient
+from kafka.record.default_records import DefaultRecordBatch
 
 from streamlstm.config.model import Config, Source
 from streamlstm.errors import Unavailable
@@ -59,6 +60,11 @@ def open_producer(settings: Mapping[str, Any]) -> Producer:
     return _open(KafkaProducer, settings)
 
 
+def known_partitions(consumer: Consumer, topic: str) -> set[int]:
+    """Of a topic that is read, as of the client's last metadata; empty when it has none. Never asks the broker."""
+    return consumer._cluster.partitions_for_topic(topic) or set()  # noqa: SLF001, because the public method may block
+
+
 @contextmanager
 def admin(source: Source) -> Generator[Admin, None, None]:
     """An admin client for the length of the block."""
@@ -105,6 +111,42 @@ def _mend_resume(consumer: Consumer) -> None:
         return take(*args, **kwargs)
 
     fetcher.fetched_records = fetched_records
+
+
+class _Lenient(bytes):
+    """Bytes whose slices decode whatever they hold: what is not UTF-8 is escaped."""
+
+    __slots__ = ()
+
+    def __getitem__(self, at: Any) -> Any:  # noqa: ANN401, because it is an index or a slice
+        found = super().__getitem__(at)
+        return _Lenient(found) if isinstance(found, bytes) else found
+
+    def decode(self, encoding: str = "utf-8", errors: str = "backslashreplace") -> str:
+        return super().decode(encoding, errors)
+
+
+def _mend_header_names(batch: Any) -> None:  # noqa: ANN401, because see above
+    """
+    Let a header's name be any bytes.
+
+    Kafka says that it is text, and no broker checks it. kafka-python 3.0.12 raises in the middle of the batch, which
+    then cannot be told from a damaged one, and is met again at every start.
+    """
+    strict = batch._read_msg  # noqa: SLF001, because nothing public reads one record
+
+    def read_msg(self: Any) -> Any:  # noqa: ANN401, because see above
+        try:
+            return strict(self)
+        except UnicodeDecodeError:
+            # Where the record begins is still known: the position moves at a record's end.
+            self._buffer = _Lenient(self._buffer)
+            return strict(self)
+
+    batch._read_msg = read_msg  # noqa: SLF001, because see above
+
+
+_mend_header_names(DefaultRecordBatch)
 
 
 def _open(kind: Callable[..., Any], settings: Mapping[str, Any]) -> Any:  # noqa: ANN401, because see above

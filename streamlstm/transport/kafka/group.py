@@ -8,7 +8,6 @@ from kafka import errors as kafka_errors
 from kafka.structs import OffsetAndMetadata, TopicPartition
 
 from streamlstm.config.model import Config
-from streamlstm.errors import StreamlstmError
 from streamlstm.transport.interfaces import Position
 from streamlstm.transport.kafka.clients import CLOSE_TIMEOUT_S, Admin, admin
 
@@ -57,7 +56,7 @@ class GroupOffsets:
             try:
                 with admin(self._config.source) as client:
                     self._commit_while_well(client)
-            except (StreamlstmError, kafka_errors.KafkaError, OSError) as error:
+            except Exception as error:  # noqa: BLE001, because what nobody thought of must not end the thread for good
                 self._failures += 1
                 level = logging.WARNING if self._failures == _TELL_AFTER else logging.DEBUG
                 _log.log(level, "group %s: offsets for lag tools not committed: %s", self._config.name, error)

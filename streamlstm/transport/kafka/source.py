@@ -25,7 +25,7 @@ from streamlstm.errors import LogGap, StreamlstmError, Temporary, TopicChanged
 from streamlstm.records.batch import Cut, Headers, Messages, Range
 from streamlstm.transport.deadline import Deadline
 from streamlstm.transport.interfaces import Position, TopicIds
-from streamlstm.transport.kafka.clients import admin, close_consumer, open_consumer
+from streamlstm.transport.kafka.clients import admin, close_consumer, known_partitions, open_consumer
 from streamlstm.transport.kafka.explain import explain
 from streamlstm.transport.kafka.group import GroupOffsets
 from streamlstm.transport.kafka.topics import Topic, describe, missing
@@ -34,10 +34,19 @@ from streamlstm.transport.kafka.turns import take_turns
 BUFFER_BYTES = 64 << 20
 """What may wait in all buffers together, besides what the client holds (``fetch_max_bytes``, 16 MiB per broker)."""
 
+CUT_BYTES = 1 << 20
+"""
+Keys and values in one cut, unless its only message is larger: a step's forecasts must fit a transaction's time, and
+one message may hold as many numbers as it has room for.
+"""
+
 OFFSETS_TIMEOUT_S = 10.0
 
 SILENCE_S = 5.0
 """How long nothing may come before the broker is asked whether it is there: the client itself never says."""
+
+PARTITIONS_EVERY_S = 5.0
+"""How often we look for new partitions in what the client has been told: ``metadata_max_age_ms`` is how old that is."""
 
 _ASK_TIMEOUT_S = 2.0
 _WAIT_S = 0.2
@@ -80,8 +89,9 @@ class KafkaSource:
 
     Not for several threads. Its calls raise :class:`~streamlstm.errors.LogGap` when a needed offset is no longer
     retained, :class:`~streamlstm.errors.DataError` for a damaged or undecodable batch,
-    :class:`~streamlstm.errors.NotAuthorised` when we may not read, and :class:`~streamlstm.errors.Temporary` for what
-    waiting or a restart mends, a broker that is away included.
+    :class:`~streamlstm.errors.NotAuthorised` when we may not read, :class:`~streamlstm.errors.TopicChanged` when the
+    input has other partitions, and :class:`~streamlstm.errors.Temporary` for what waiting or a restart mends, a
+    broker that is away included.
     """
 
     def __init__(self, config: Config, deadline: Deadline) -> None:
@@ -96,7 +106,7 @@ class KafkaSource:
         ]
         self._by_name = {p.tp: p for p in self._partitions}
         self._first = 0
-        self._heard_s = time.monotonic()
+        self._heard_s = self._counted_s = time.monotonic()
         self._most = config.source.poll.max_records
         self._most_bytes = max(1 << 20, BUFFER_BYTES // max(1, len(self._partitions)))
         self._group = GroupOffsets(config)
@@ -157,7 +167,14 @@ class KafkaSource:
         if not any(p.records for p in self._partitions):
             self._fill(timeout_s)
         self._listen()
-        turns, self._first = take_turns([len(p.records) for p in self._partitions], self._first, max_records)
+        self._count_partitions()
+        turns, self._first = take_turns(
+            [len(p.records) for p in self._partitions],
+            [map(_payload, p.records) for p in self._partitions],
+            self._first,
+            max_records,
+            CUT_BYTES,
+        )
         pieces: list[tuple[Range, list[Any]]] = []
         for turn in turns:
             partition = self._partitions[turn.partition]
@@ -223,6 +240,21 @@ class KafkaSource:
                 return
             self._offsets("end_offsets", [self._partitions[0].tp], _ASK_TIMEOUT_S)
         self._heard_s = time.monotonic()
+
+    def _count_partitions(self) -> None:
+        """Every so often, whether there are partitions that we do not read. Nobody else would."""
+        now_s = time.monotonic()
+        if now_s - self._counted_s < PARTITIONS_EVERY_S:
+            return
+        self._counted_s = now_s
+        new = [
+            _name(TopicPartition(topic, partition))
+            for topic in dict.fromkeys(p.tp.topic for p in self._partitions)
+            for partition in sorted(known_partitions(self._consumer, topic))
+            if TopicPartition(topic, partition) not in self._by_name
+        ]
+        if new:
+            raise TopicChanged(f"the input has partitions that were not there at the start; new: {', '.join(new)}")
 
     def _seek(self, partition: _Partition, offset: int) -> None:
         """Assign it, too, if this is its first position: the client polls nothing while any partition has none."""
@@ -329,6 +361,10 @@ def _name(tp: TopicPartition) -> str:
 
 def _size(record: Any) -> int:  # noqa: ANN401, because the client's types are untyped
     return record.serialized_key_size + record.serialized_value_size + 100
+
+
+def _payload(record: Any) -> int:  # noqa: ANN401, because the client's types are untyped
+    return len(record.key or b"") + len(record.value or b"")
 
 
 def _cut(partition: _Partition, records: list[Any]) -> tuple[Range, list[Any]]:
