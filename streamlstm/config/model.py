@@ -13,12 +13,14 @@ the key; what keys must agree on stands in :func:`_conflicts`, so that all of it
 
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, model_validator
+
+_Quantity = TypeVar("_Quantity", int, float)
 
 KeyClass = Literal["identity", "learning", "free"]
 
@@ -81,6 +83,19 @@ def format_size(size: int) -> int | str:
         if size % _BYTES[unit] == 0:
             return f"{size // _BYTES[unit]}{unit}"
     return size
+
+
+def _between(
+    least: _Quantity, most: _Quantity, text: Callable[[_Quantity], object]
+) -> Callable[[_Quantity], _Quantity]:
+    """What refuses a quantity outside of these, told in its own unit."""
+
+    def check(value: _Quantity) -> _Quantity:
+        if least <= value <= most:
+            return value
+        raise ValueError(f"write {text(least)} to {text(most)}")
+
+    return check
 
 
 def _parse_interval(value: object) -> object:
@@ -219,6 +234,9 @@ Size = Annotated[
     PlainSerializer(format_size, when_used="json"),
     Means("a number of bytes, or a size such as 64KiB or 1MiB"),
 ]
+MessageSize = Annotated[Size, AfterValidator(_between(1, 64 << 20, format_size))]
+KeySize = Annotated[Size, AfterValidator(_between(16, 64 << 10, format_size))]
+Patience = Annotated[Duration, AfterValidator(_between(1.0, _LONGEST_S, format_duration))]
 Interval = Annotated[
     float | Literal["auto"] | None,
     BeforeValidator(_parse_interval),
@@ -355,8 +373,13 @@ class Decode(Section):
     several series, told apart by `@field`, which is appended to `series_id` when it is not there."""
     on_error: Literal["dead_letter", "skip", "fail"] = key("dead_letter", "identity")
     """What becomes of a record that cannot be understood. `skip` counts it, `fail` exits 65."""
-    max_bytes: Size = key("1MiB", "identity")
-    """Longest message that is decoded; a longer one is a dead letter."""
+    max_bytes: MessageSize = key("1MiB", "identity")
+    """Longest message that is decoded, at most 64MiB; a longer one is a dead letter."""
+    max_key_bytes: KeySize = key("1KiB", "identity")
+    """Longest key of a series (its `series_id`, joined), 16 bytes to 64KiB; a record with a longer one is a
+    dead letter."""
+    max_rows: int = key(10_000, "identity", ge=1, le=1_000_000)
+    """Most records in one message (observations × targets); a message of more is one dead letter as a whole."""
 
 
 class Series(Section):
@@ -494,10 +517,10 @@ class Runtime(Section):
     """`auto` (a GPU if there is one), `cpu`, `cuda` or `cuda:N`. Asked for and not there: exit 78."""
     threads: int = key(1, "free", ge=1, le=256)
     """Threads inside one operation. More than one rarely pays, and other numbers give other bits."""
-    deadline: Duration = key("30s", "free")
-    """Longest time a call to the broker may block before the process exits with 75."""
-    shutdown_timeout: Duration = key("10s", "free")
-    """From SIGTERM to the end."""
+    deadline: Patience = key("30s", "free")
+    """Longest time a call to the broker may block before the process exits with 75; at least 1s."""
+    shutdown_timeout: Patience = key("10s", "free")
+    """From SIGTERM to the end; at least 1s."""
 
 
 class Http(Section):
@@ -663,6 +686,9 @@ def _decode_conflicts(source: Source, decode: Decode) -> Iterator[Conflict]:
     if decode.csv.decimal == decode.csv.delimiter:
         fix = "write another character than decode.csv.delimiter"
         yield Conflict("decode.csv.decimal", fix, ("decode.csv.decimal", "decode.csv.delimiter"))
+    if isinstance(decode.target, dict) and len(decode.target) > decode.max_rows:
+        fix = f"write at least {len(decode.target)}: a message has one record for each of decode.target"
+        yield Conflict("decode.max_rows", fix, ("decode.max_rows", "decode.target"))
     if decode.explode is None:
         times = decode.timestamp.path
         targets = decode.target

@@ -23,6 +23,12 @@ LONGEST_PATH = 200
 MOST_NAMES = 1 << 18
 """Names kept between cuts; beyond that they are forgotten and met anew, which changes no result."""
 
+MOST_BYTES = 64 << 20
+"""As :data:`MOST_NAMES`, for the bytes of those names: a producer decides how long they are."""
+
+_TOO_LONG = -1
+"""Instead of the number of a tuple of parts, which is not remembered then."""
+
 
 class Fault(NamedTuple):
     """What is wrong with a row: the second half of a :class:`~streamlstm.records.batch.Rejected`."""
@@ -98,37 +104,47 @@ def join_parts(parts: Sequence[str]) -> str:
     >>> join_parts(["host-1", "cpu"]), join_parts(["a|b", "c"]), join_parts(["a|b"])
     ('host-1|cpu', 'a\\|b|c', 'a|b')
     """
-    if len(parts) == 1:
-        return parts[0]
-    return "|".join(part.replace("\\", "\\\\").replace("|", "\\|") for part in parts)
+    return parts[0] if len(parts) == 1 else "|".join(map(_escaped, parts))
+
+
+def _escaped(part: str) -> str:
+    return part.replace("\\", "\\\\").replace("|", "\\|")
 
 
 class Assembler:
     """Gives rows their series and their times. What it remembers between cuts is for speed only."""
 
-    def __init__(self, plan: Plan, *, most_names: int = MOST_NAMES) -> None:
+    def __init__(self, plan: Plan, *, most_names: int = MOST_NAMES, most_bytes: int = MOST_BYTES) -> None:
         self._plan = plan
         self._most_names = most_names
+        self._most_bytes = most_bytes
+        self._too_long = Fault("oversize", plan.series_text, f"a key longer than {plan.max_key_bytes} bytes")
         self.times = TimeReader(plan.unit)
         self._bases: dict[tuple[str, ...], int] = {}
         self._base_parts: list[tuple[str, ...]] = []
+        self._base_bytes: list[int] = []
         self._series: dict[tuple[tuple[str, int], int, str], SeriesId] = {}
+        self._longest_base = 0
+        self._held_bytes = 0
 
     def assemble(self, messages: Messages, rows: Rows) -> RecordBatch:
         """The records of these rows, and what had to be rejected, both in the cut's order."""
+        self._forget()
         parts, faults_O = self._parts(messages, rows)
+        base_O = self._number(parts, len(rows.message_O), faults_O)
+        faults_R = {**dict.fromkeys(self._long_names(rows, base_O), self._too_long), **rows.faults}
         time_O = self._times(messages, rows, faults_O)
         picked_R = np.ones(len(rows.row_R), np.bool_)
         if faults_O:
             sound_O = np.ones(len(rows.message_O), np.bool_)
             sound_O[list(faults_O)] = False
             picked_R &= sound_O[rows.observation_R]
-        picked_R[list(rows.faults)] = False
-        dead = [*rows.dead, *_dead_rows(rows, faults_O, np.flatnonzero(~picked_R))]
+        picked_R[list(faults_R)] = False
+        dead = [*rows.dead, *_dead_rows(rows, faults_O, faults_R, np.flatnonzero(~picked_R))]
         observation_N = rows.observation_R[picked_R]
         message_N = rows.message_O[observation_N]
         range_N = messages.range_index[message_N]
-        series, code = self._code(messages, rows, parts, observation_N, range_N, rows.name_R[picked_R])
+        series, code = self._code(messages, rows.names, base_O[observation_N], range_N, rows.name_R[picked_R])
         return RecordBatch(
             cut=messages.cut,
             series=series,
@@ -177,45 +193,80 @@ class Assembler:
         return ns_O
 
     def _code(
-        self, messages: Messages, rows: Rows, parts: list[list[str]], observation_N: I64, range_N: I32, name_N: I64
+        self, messages: Messages, names: Sequence[str], base_N: I64, range_N: I32, name_N: I64
     ) -> tuple[tuple[SeriesId, ...], I32]:
         """The distinct series in order of first appearance, and which one each record belongs to."""
-        if not len(observation_N):
+        if not len(base_N):
             return (), np.empty(0, np.int32)
-        if max(len(self._bases), len(self._series)) > self._most_names:
-            self._bases.clear()
-            self._base_parts.clear()
-            self._series.clear()
         places = list(dict.fromkeys((r.topic, r.partition) for r in messages.cut))
         rank = {place: i for i, place in enumerate(places)}
         place_of_range = np.array([rank[r.topic, r.partition] for r in messages.cut], np.int64)
-        base_O = self._number(parts, len(rows.message_O))
-        mixed = (base_O[observation_N] * len(places) + place_of_range[range_N]) * len(rows.names) + name_N
+        mixed = (base_N * len(places) + place_of_range[range_N]) * len(names) + name_N
         distinct, first, inverse = np.unique(mixed, return_index=True, return_inverse=True)
         order = np.argsort(first)
         code_of = np.empty(len(order), np.int32)
         code_of[order] = np.arange(len(order), dtype=np.int32)
-        rest, name = np.divmod(distinct[order], len(rows.names))
+        rest, name = np.divmod(distinct[order], len(names))
         base, place = np.divmod(rest, len(places))
         series = tuple(
-            self._series_id(places[p], b, rows.names[int(n)])
+            self._series_id(places[p], b, names[int(n)])
             for b, p, n in zip(base.tolist(), place.tolist(), name.tolist(), strict=True)
         )
         return series, code_of[inverse]
 
-    def _number(self, parts: list[list[str]], observations: int) -> I64:
-        """One number for each distinct tuple of parts."""
+    def _forget(self) -> None:
+        """Drops what is remembered once it is too much."""
+        if max(len(self._bases), len(self._series)) > self._most_names or self._held_bytes > self._most_bytes:
+            for held in (self._bases, self._base_parts, self._base_bytes, self._series):
+                held.clear()
+            self._longest_base = self._held_bytes = 0
+
+    def _number(self, parts: list[list[str]], observations: int, faults: dict[int, Fault]) -> I64:
+        """One number for each distinct tuple of parts; observations where they are too long are added to ``faults``."""
         if not parts:
             return np.zeros(observations, np.int64)
         tuples = list(zip(*parts, strict=True))
         numbers = list(map(self._bases.get, tuples))
         if None in numbers:
-            for parts_of_one in tuples:
-                if parts_of_one not in self._bases:
-                    self._bases[parts_of_one] = len(self._base_parts)
-                    self._base_parts.append(parts_of_one)
-            numbers = list(map(self._bases.get, tuples))
+            for o, parts_of_one in enumerate(tuples):
+                if numbers[o] is None:
+                    numbers[o] = self._base(parts_of_one)
+                    if numbers[o] == _TOO_LONG:
+                        faults.setdefault(o, self._too_long)
         return np.array(numbers, np.int64)
+
+    def _base(self, parts: tuple[str, ...]) -> int:
+        """The number of a tuple of parts that may be new; :data:`_TOO_LONG` where no key can hold them."""
+        if (known := self._bases.get(parts)) is not None:
+            return known
+        size = sum(map(self._size, parts)) + len(self._plan.parts) - 1
+        if size > self._plan.max_key_bytes:
+            return _TOO_LONG
+        number = self._bases[parts] = len(self._base_parts)
+        self._base_parts.append(parts)
+        self._base_bytes.append(size)
+        self._longest_base = max(self._longest_base, size)
+        self._held_bytes += size
+        return number
+
+    def _size(self, part: str) -> int:
+        """Bytes of a part in a key; of one that is too long in any case, its characters."""
+        if len(part) > self._plan.max_key_bytes:
+            return len(part)
+        return len((_escaped(part) if len(self._plan.parts) > 1 else part).encode())
+
+    def _long_names(self, rows: Rows, base_O: I64) -> list[int]:
+        """The rows whose key is too long with the target's name in it."""
+        if FIELD not in self._plan.parts or not len(rows.row_R):
+            return []
+        name_bytes = np.array([self._size(name) for name in rows.names], np.int64) * self._plan.parts.count(FIELD)
+        alone = len(self._plan.parts) - 1
+        if int(name_bytes.max()) + max(alone, self._longest_base) <= self._plan.max_key_bytes:
+            return []
+        sizes = self._base_bytes or [alone]
+        base_bytes_O = np.array([0 if base == _TOO_LONG else sizes[base] for base in base_O.tolist()], np.int64)
+        too_long_R = base_bytes_O[rows.observation_R] + name_bytes[rows.name_R] > self._plan.max_key_bytes
+        return np.flatnonzero(too_long_R).tolist()
 
     def _series_id(self, place: tuple[str, int], base: int, name: str) -> SeriesId:
         at = (place, base, name)
@@ -223,6 +274,7 @@ class Assembler:
             given = iter(self._base_parts[base] if self._base_parts else ())
             parts = [name if part == FIELD else next(given) for part in self._plan.parts]
             series = self._series[at] = SeriesId(*place, join_parts(parts))
+            self._held_bytes += len(series.key)
         return series
 
 
@@ -275,11 +327,13 @@ def _joined(columns: Sequence[Sequence[Raw]]) -> list[Raw]:
     return joined
 
 
-def _dead_rows(rows: Rows, faults_O: dict[int, Fault], lost_R: NDArray[np.intp]) -> Iterator[Dead]:
+def _dead_rows(
+    rows: Rows, faults_O: dict[int, Fault], faults_R: dict[int, Fault], lost_R: NDArray[np.intp]
+) -> Iterator[Dead]:
     """The rows that are no records, with the fault of their observation or else their own."""
     for r in lost_R.tolist():
         observation = int(rows.observation_R[r])
-        fault = faults_O.get(observation) or rows.faults[r]
+        fault = faults_O.get(observation) or faults_R[r]
         yield Dead(int(rows.message_O[observation]), int(rows.row_R[r]), fault)
 
 

@@ -10,7 +10,8 @@ with one of these reasons:
 ``schema``     of the wrong shape or type: text for a number, an object for a name, a time that is none
 ``mapping``    something that must be there is not: a part of the series id, the time, any target at all
 ``non_finite`` a target that is infinite, or overflows a float32
-``oversize``   longer than ``decode.max_bytes``
+``oversize``   longer than ``decode.max_bytes``, more rows than ``decode.max_rows``, or a series whose key is
+               longer than ``decode.max_key_bytes``
 ============== ===============================================================================
 
 Rows of a message are numbered from 0: observations in their order, and within one its targets in theirs. Each bad

@@ -199,13 +199,12 @@ class _Found:
 
     def take(self, message: int, document: _Document) -> None:
         """Every row of one message, numbered over its observations."""
-        nodes = self._observations(document)
-        if isinstance(nodes, Fault):
-            self._dead.append(Dead(message, 0, nodes))
+        found = self._found(document)
+        if isinstance(found, Fault):
+            self._dead.append(Dead(message, 0, found))
             return
         row = 0
-        for node in nodes:
-            targets = self._targets(document, node)
+        for node, targets in found:
             if isinstance(targets, Fault):
                 self._dead.append(Dead(message, row, targets))
                 row += 1
@@ -221,7 +220,7 @@ class _Found:
                 for paths, columns in ((self._plan.fields, self._parts), (self._plan.times, self._times)):
                     for path, column in zip(paths, columns, strict=True):
                         column.append(path.scalar(node if path.relative else document))
-        if row == 0 and self._plan.explode and not nodes:
+        if row == 0 and self._plan.explode and not found:
             self._dead.append(Dead(message, 0, Fault("mapping", self._plan.explode.text, "no observation")))
         elif row == 0 and self._plan.wildcard:
             self._dead.append(Dead(message, 0, Fault("mapping", self._plan.wildcard.text, "no number")))
@@ -258,6 +257,22 @@ class _Found:
         return (
             nodes if type(nodes) is list else Fault("schema", explode.text, f"expected an array, found {kind(nodes)}")
         )
+
+    def _found(self, document: _Document) -> list[tuple[_Document, list[tuple[str, Raw]] | Fault]] | Fault:
+        """Each observation and its targets, or the fault of a message that has none, or too many."""
+        nodes = self._observations(document)
+        if isinstance(nodes, Fault):
+            return nodes
+        found: list[tuple[_Document, list[tuple[str, Raw]] | Fault]] = []
+        count = 0
+        for node in nodes:
+            targets = self._targets(document, node)
+            found.append((node, targets))
+            count += 1 if isinstance(targets, Fault) else len(targets)
+            if count > self._plan.max_rows:
+                path = (self._plan.explode or self._plan.wildcard or self._plan.targets[0].path).text
+                return Fault("oversize", path, f"more than {self._plan.max_rows} rows")
+        return found
 
     def _targets(self, document: _Document, node: _Document) -> list[tuple[str, Raw]] | Fault:
         wildcard = self._plan.wildcard

@@ -125,11 +125,18 @@ class Plan:
     targets: tuple[Target, ...]
     wildcard: Wildcard | None
     max_bytes: int
+    max_key_bytes: int
+    max_rows: int
 
     @property
     def fields(self) -> tuple[Path, ...]:
         """The parts of the series id that stand in the message."""
         return tuple(part for part in self.parts if isinstance(part, Path))
+
+    @property
+    def series_text(self) -> str:
+        """The parts of the series id as one."""
+        return "|".join(part.text for part in self.parts)
 
     @property
     def time_text(self) -> str:
@@ -226,6 +233,8 @@ class _Compiler:
             targets=targets,
             wildcard=wildcard,
             max_bytes=decode.max_bytes,
+            max_key_bytes=decode.max_key_bytes,
+            max_rows=decode.max_rows,
         )
 
     def _explode(self, text: str | None) -> Path | None:
@@ -274,7 +283,10 @@ class _Compiler:
                 for other in others
                 if isinstance(other, Path) and other.relative == path.relative and other.steps[:-1] == path.steps
             )
-            if self.columns is not None and not set(self.columns) - excluded - {""}:
+            found = set(self.columns or ()) - excluded - {""}
+            if len(found) > self.decode.max_rows:
+                self.problems.append(f"decode.max_rows: $.* is {len(found)} columns; write at least {len(found)}")
+            if self.columns is not None and not found:
                 self.problems.append("decode.target: $.*: no column is left besides the time's and the series id's")
             return (), Wildcard(target, path, excluded)
         if isinstance(target, str):

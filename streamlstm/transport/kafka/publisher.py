@@ -23,6 +23,8 @@ from streamlstm.transport.kafka.explain import explain
 from streamlstm.transport.kafka.settings import SHARD
 
 _REMEMBERED_KEYS = 200_000
+_LONGEST_REMEMBERED = 256
+"""Bytes of a key. A dead letter keeps the key it came with, which may be as long as a message."""
 
 
 class KafkaPublisher:
@@ -151,7 +153,9 @@ class Partitioner:
             return None
         hashed = self._hashes.get(key)
         if hashed is None:
-            if len(self._hashes) >= _REMEMBERED_KEYS:
-                self._hashes.clear()
-            hashed = self._hashes[key] = murmur2(key) & 0x7FFFFFFF
+            hashed = murmur2(key) & 0x7FFFFFFF
+            if len(key) <= _LONGEST_REMEMBERED:
+                if len(self._hashes) >= _REMEMBERED_KEYS:
+                    self._hashes.clear()
+                self._hashes[key] = hashed
         return hashed % partitions

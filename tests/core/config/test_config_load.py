@@ -176,6 +176,8 @@ def test_a_disagreement_with_a_wrong_key_is_none_yet(problem):
         ("http: {listen: 9108}", "9108 is refused: write host:port"),
         ("http: {listen: localhost}", "write host:port"),
         ("http: {listen: localhost:65536}", "write host:port with a port up to 65535"),
+        ("runtime: {deadline: 999ms}", '"999ms" is refused: write 1s to 3650d'),
+        ("runtime: {shutdown_timeout: 1ms}", '"1ms" is refused: write 1s to 3650d'),
         ("runtime: {device: gpu}", '"gpu" is refused: write auto, cpu, cuda or cuda:N'),
         ("sink: {forecasts: {topic: a/b}}", "write a topic name"),
         ("sink: {forecasts: {topic: metrics.raw}}", "write another topic: metrics.raw is source.topics already"),
@@ -234,6 +236,9 @@ def test_a_source_is_refused_with_the_fix(problems, source, fix):
         ("target: $.value", "target: $.v\n  csv: {decimal: ','}", "another character than decode.csv.delimiter"),
         ("target: $.value", "target: $.v\n  csv: {delimiter: ', '}", "write a single character"),
         ("target: $.value", "target: $.v\n  max_bytes: 1MB5", "write a number of bytes above zero"),
+        ("target: $.value", "target: $.v\n  max_bytes: 65MiB", '"65MiB" is refused: write 1 to 64MiB'),
+        ("target: $.value", "target: $.v\n  max_key_bytes: 1MiB", '"1MiB" is refused: write 16 to 64KiB'),
+        ("target: $.value", "target: {a: $.a, b: $.b}\n  max_rows: 1", "write at least 2: a message has one record"),
     ],
 )
 def test_decoding_is_refused_with_the_fix(problems, old, new, fix):

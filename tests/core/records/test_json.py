@@ -232,6 +232,55 @@ def test_names_that_are_forgotten_change_no_result() -> None:
         assert facts(forgetful.decode(cut)) == facts(decoder(target="$.*").decode(cut))
 
 
+def test_a_key_that_is_too_long_is_a_dead_letter_and_not_remembered() -> None:
+    plan = compile_plan(
+        decode_section(series_id=["$.id", "@field"], target={"xx": "$.x", "y": "$.y"}, max_key_bytes=16)
+    )
+    assembler = Assembler(plan)
+    d = Decoder(JsonReader(plan), assembler)
+    ids = ["a" * 13, "b" * 14, "c" * 15, "d" * 600_000, "é" * 7, "|" * 7]
+    cut = messages(*(msgspec.json.encode({"id": i, "t": 1, "x": 1, "y": 2}) for i in ids))
+    for _ in range(2):
+        batch = d.decode(cut)
+        assert [keys.replace("\\", "") for keys in keys_of(batch)] == [
+            *(f"{ids[0]}|xx", f"{ids[0]}|y"),
+            f"{ids[1]}|y",
+            f"{ids[4]}|y",
+            f"{ids[5]}|y",
+        ]
+        too_long = [(1, 0), (2, 0), (2, 1), (3, 0), (3, 1), (4, 0), (5, 0)]
+        assert reasons(batch) == [(*at, "oversize", "$.id|@field") for at in too_long]
+        assert max(len(r.message) for r in batch.rejected) < 50
+    assert max(len(part) for parts in assembler._bases for part in parts) <= 15
+
+
+def test_what_is_remembered_of_keys_is_bounded_in_bytes() -> None:
+    plan = compile_plan(decode_section())
+    assembler = Assembler(plan, most_bytes=1000)
+    d = Decoder(JsonReader(plan), assembler)
+    for i in range(30):
+        assert keys_of(d.decode(messages(b'{"id":"%0200d","t":1,"y":1}' % i))) == [f"{i:0200}"]
+    assert len(assembler._bases) == len(assembler._base_bytes) <= 4
+
+
+@pytest.mark.parametrize(
+    ("section", "value", "path"),
+    [
+        ({"target": "$.*"}, b'{"id":"a","t":1,%s"y":1}' % b"".join(b'"f%d":1,' % i for i in range(9)), "$.*"),
+        ({"target": "@.*", "explode": "$.o"}, b'{"id":"a","t":1,"o":[%s1]}' % (b"1," * 9), "$.o"),
+        ({"target": "@[0]", "explode": "$.o"}, b'{"id":"a","t":1,"o":[%s[1]]}' % (b"[1]," * 9), "$.o"),
+    ],
+    ids=["wildcard", "bad rows", "explode"],
+)
+def test_a_message_of_too_many_rows_is_one_dead_letter(section: dict[str, Any], value: bytes, path: str) -> None:
+    batch = decoder(**section, max_rows=9).decode(messages(value, b"{"))
+    assert len(batch.target) == 0
+    assert reasons(batch)[0] == (0, 0, "oversize", path)
+    assert len(batch.rejected) == 2
+    whole = decoder(**section, max_rows=10).decode(messages(value))
+    assert len(whole.target) + len(whole.rejected) == 10
+
+
 def test_every_key_of_every_partition_and_target_is_its_own_series() -> None:
     keys = [b"a", b"b", b"c", b"d"]
     cut = tuple(Range("in", p, 0, len(keys)) for p in range(3))
