@@ -5,21 +5,18 @@ CSV: one message is one row, the header's columns are known beforehand.
 ``$.<column>``                      the cell of that column; spaces around a cell do not count
 empty, ``NaN`` or ``null``          missing, whatever the case
 ``$.*``                             every column but the time's and those of the series id, in the
-                                    header's order: a number is a record, a missing cell is a
-                                    record whose value is missing, any other text is no record
+                                    header's order, as if each had been listed: text that is no
+                                    number is rejected, for nothing may vanish unseen
 more or fewer cells than columns    rejected: nobody knows which cell belongs where
 =================================== ==============================================================
 
-Whether a cell of ``$.*`` is a number is decided cell by cell, so that what a row becomes depends on that row
-alone. A column of labels that is empty now and then should therefore not be left to ``$.*``: list the targets.
-A cell that would be a number with the other decimal mark is rejected and not taken for text, or a wrong
-``decode.csv.decimal`` would pass unseen.
+A column of labels should not be left to ``$.*``: list the targets. A cell that would be a number with the other
+decimal mark says so, or a wrong ``decode.csv.decimal`` would be hard to see.
 """
 
 import csv
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 
 import numpy as np
 
@@ -60,15 +57,13 @@ class CsvReader:
                 rows.append(cells)
         cells_of = dict(zip(self._columns, zip(*rows, strict=True), strict=True)) if rows else {}
         columns = [self._numbers(cells_of.get(path.name, ())) for _, path in self._targets]
-        text = _text_taken_out(columns) if self._plan.wildcard else set[int]()
-        found = spread(
+        return spread(
             np.array(kept, np.int64),
             [self._texts(cells_of, path) for path in self._plan.fields],
             [self._texts(cells_of, path) for path in self._plan.times],
             [(name, path, column) for (name, path), column in zip(self._targets, columns, strict=True)],
             dead,
         )
-        return _without(found, text, self._plan.wildcard.text if self._plan.wildcard else "")
 
     def _cells(self, value: bytes | None) -> list[str] | Fault:
         """The cells of one row, or why there are none."""
@@ -144,33 +139,3 @@ def ends_quoted(line: bytes, delimiter: bytes, *, quoted: bool = False) -> bool:
                 before -= 1
             quoted = before == 0 or line.endswith(delimiter, 0, before)
     return quoted
-
-
-def _text_taken_out(columns: Sequence[NumberColumn]) -> set[int]:
-    """Takes the cells that are text out of what is unfit, and returns their rows."""
-    rows: set[int] = set()
-    for t, column in enumerate(columns):
-        for o in [o for o, why in column.unfit.items() if why is NOT_A_NUMBER]:
-            del column.unfit[o]
-            rows.add(o * len(columns) + t)
-    return rows
-
-
-def _without(rows: Rows, absent: set[int], path: str) -> Rows:
-    """The rows but for these. An observation that has none left is one dead row of its message."""
-    if not absent:
-        return rows
-    keep_R = np.ones(len(rows.row_R), np.bool_)
-    keep_R[list(absent)] = False
-    now_R = np.cumsum(keep_R) - 1
-    left_O = np.bincount(rows.observation_R[keep_R], minlength=len(rows.message_O))
-    silent = rows.message_O[left_O == 0].tolist()
-    return replace(
-        rows,
-        observation_R=rows.observation_R[keep_R],
-        row_R=rows.row_R[keep_R],
-        name_R=rows.name_R[keep_R],
-        target_R=rows.target_R[keep_R],
-        faults={int(now_R[r]): fault for r, fault in rows.faults.items()},
-        dead=[*rows.dead, *(Dead(m, 0, Fault("mapping", path, "no number")) for m in silent)],
-    )

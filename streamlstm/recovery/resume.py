@@ -163,9 +163,8 @@ def resume(world: World, terms: Terms, witness: Witness) -> Ready:
         know is put aside, and the next older one taken.
     5.  Check topic ids, partition count and retention.
     6.  On a first run, or while there is no step and the configuration changed: make generation 0 durable.
-    7.  Compare fingerprints: the checkpoint's, and those of the incarnations whose steps are to be replayed. A start
-        that is refused for them has written nothing.
-    8.  Write the incarnation.
+    7.  Write the incarnation.
+    8.  Compare fingerprints: the checkpoint's, and those of the incarnations whose steps are to be replayed.
     9.  Replay: the recorded cuts once more, nothing published, digests compared.
     10. Go live: the source stands where the last recorded cut ended.
 
@@ -200,15 +199,16 @@ def resume(world: World, terms: Terms, witness: Witness) -> Ready:
     makers = _fingerprints(chain, generation, pending)
     differences = _differences(makers, terms.fingerprint) if pending else []
 
-    if differences:  # 7
+    rebases = bool(differences) and terms.on_mismatch == "rebase"
+    ident = world.new_id()
+    tip = _write_incarnation(world, terms, generation, chain, ident, rebased=rebases)  # 7
+    if differences:  # 8
         if terms.on_mismatch == "fail":
             raise ConfigError(
                 f"checkpoint.on_mismatch: fail: {len(pending)} steps would be replayed on another machine or other "
                 f"libraries: {'; '.join(differences)}; run it there, or set rebase to go on with other bits"
             )
         witness.rebases(differences, len(pending))
-    ident = world.new_id()
-    tip = _write_incarnation(world, terms, generation, chain, ident, rebased=bool(differences))  # 8
     began = laps.lap("load", began)
 
     records = 0

@@ -8,7 +8,7 @@ doubt ends the process, and the next start takes up what was committed.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Literal, Protocol
 
@@ -236,12 +236,14 @@ class Daemon:
         except (Temporary, Unavailable) as error:
             if self._trouble_since_s is None:
                 self._trouble_since_s = self._now_s()
+                self._observer.observe_phase("waiting")
                 self._log.warning("the broker is away; waiting", error=str(error))
             if self._now_s() - self._trouble_since_s >= self._pace.trouble_limit_s:
                 raise Temporary(f"the broker has been away for {self._pace.trouble_limit_s:g} s: {error}") from error
             self._stop.wait(_RETRY_POLL_S)
             return None
         if self._trouble_since_s is not None:
+            self._observer.observe_phase("running")
             self._log.info("the broker is back", away_s=round(self._now_s() - self._trouble_since_s, 1))
             self._trouble_since_s = None
         return messages
@@ -255,8 +257,7 @@ class Daemon:
         decoded_s = self._now_s()
         report = self._engine.step(batch)
         stepped_s = self._now_s()
-        told = _without_skipped(report) if self._pace.on_error == "skip" else report
-        dead_letters = self._encode.encode_dead_letters(told, messages) if told.rejected else ()
+        dead_letters = self._encode.encode_dead_letters(report, messages) if report.rejected else ()
         if not self._open.reports:
             self._open.opened_s = stepped_s
         self._open.add(report, self._encode.encode_forecasts(report), dead_letters)
@@ -490,12 +491,6 @@ def _bytes_by_topic(messages: Messages) -> dict[str, int]:
     for index, group in groupby(pairs, key=lambda pair: pair[0]):
         total[messages.cut[index].topic] += sum(len(value or b"") for _, value in group)
     return total
-
-
-def _without_skipped(report: StepReport) -> StepReport:
-    """What decoding rejected is counted and not published; what the engine rejected still is."""
-    skipped = set(report.batch.rejected)
-    return replace(report, rejected=tuple(r for r in report.rejected if r not in skipped))
 
 
 def _describe_rejection(batch: RecordBatch) -> str:

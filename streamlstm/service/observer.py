@@ -13,7 +13,7 @@ from typing import Literal, Protocol
 from streamlstm.engine.report import StepReport
 from streamlstm.transport.interfaces import Position
 
-Phase = Literal["starting", "replaying", "running", "stopping"]
+Phase = Literal["starting", "replaying", "running", "waiting", "stopping"]
 
 
 @dataclass(frozen=True, slots=True)

@@ -50,25 +50,25 @@ def test_an_empty_cell_is_a_missing_value(cell: str) -> None:
         assert batch.target[1] == 7.0
 
 
-def test_in_a_wide_file_text_is_no_record_and_does_not_move_the_rows() -> None:
+def test_in_a_wide_file_text_is_rejected_and_its_neighbours_stay() -> None:
     d = csv(["t", "a", "label", "b"], series_id=["@field"], target="$.*")
     batch = d.decode(messages(b"1,5,high,6", b"2,7,,8", b"3,low,high,9"))
     assert keys_of(batch) == ["a", "b", "a", "label", "b", "b"]
     assert batch.row.tolist() == [0, 2, 0, 1, 2, 2]
-    assert batch.rejected == ()
+    assert reasons(batch) == [(0, 1, "schema", "$.label"), (2, 0, "schema", "$.a"), (2, 1, "schema", "$.label")]
 
 
-def test_a_wide_row_without_any_number_is_one_rejected_record() -> None:
+def test_every_cell_of_a_wide_row_without_any_number_is_rejected() -> None:
     batch = csv(["t", "a", "b"], series_id=["@field"], target="$.*").decode(messages(b"1,x,y", b"2,1,y"))
-    assert reasons(batch) == [(0, 0, "mapping", "$.*")]
+    assert reasons(batch) == [(0, 0, "schema", "$.a"), (0, 1, "schema", "$.b"), (1, 1, "schema", "$.b")]
     assert keys_of(batch) == ["a"]
 
 
 def test_a_wide_files_infinite_cell_is_rejected_and_its_neighbours_stay() -> None:
     batch = csv(["t", "a", "b", "c"], series_id=["@field"], target="$.*").decode(
-        messages(b"1,2,inf,1e39", b"2,text,3,-Inf")
+        messages(b"1,2,inf,1e39", b"2,,3,-Inf")
     )
-    assert keys_of(batch) == ["a", "b"]
+    assert keys_of(batch) == ["a", "a", "b"]
     assert reasons(batch) == [(0, 1, "non_finite", "$.b"), (0, 2, "non_finite", "$.c"), (1, 2, "non_finite", "$.c")]
 
 
