@@ -339,6 +339,7 @@ def test_a_broker_that_comes_back_in_time_is_waited_for(tmp_path):
     assert len(process.publisher.broker.published) == 30
     assert process.journal.events("warning") == ["the broker is away; waiting"]
     assert "the broker is back" in process.journal.events("info")
+    assert process.watching.phases[-4:] == ["running", "waiting", "running", "stopping"]
 
 
 def test_a_broker_that_stays_away_ends_it_with_a_restart(tmp_path):
