@@ -217,16 +217,6 @@ def learning_values(config: Config) -> dict[str, Any]:
     return {path: value for path, value in _resolved(config).items() if KEYS[path].klass == "learning"}
 
 
-def identity_hash(config: Config) -> str:
-    """SHA-256 (hex) of the identity keys: the state belongs to this."""
-    return _sha256(identity_values(config))
-
-
-def learning_hash(config: Config) -> str:
-    """SHA-256 (hex) of the learning keys."""
-    return _sha256(learning_values(config))
-
-
 def config_hash(config: Config) -> str:
     """SHA-256 (hex) of all that forecasts depend on: identity and learning keys."""
     return _sha256(identity_values(config) | learning_values(config))
