@@ -456,7 +456,7 @@ PACE = Pace(
     trim=True,
     trouble_limit_s=5.0,
     shutdown_timeout_s=10.0,
-    on_error="dead_letter",
+    fail_on_rejected=False,
 )
 
 SETTINGS = Settings("n", "hash", {"name": "n", "source.start": "earliest"}, {"gain": 0.5})

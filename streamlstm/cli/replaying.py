@@ -23,7 +23,7 @@ from streamlstm.engine.core import Engine
 from streamlstm.engine.report import StepReport
 from streamlstm.errors import DataError, ProgressError, StreamlstmError
 from streamlstm.records.batch import Messages, RecordBatch
-from streamlstm.records.decode import Decoder, compile_decoder
+from streamlstm.records.decode import Decoder, compile_decoder, refuse_rejected
 from streamlstm.recovery.progress import read_chain
 from streamlstm.service.encode import ForecastEncoder
 from streamlstm.service.logging import configure_logging
@@ -72,7 +72,7 @@ def replay_history(config: Config, asked: Asked, *, as_json: bool) -> Iterator[s
         scores = StreamScores(config.model.horizons, score_from=asked.score_from, standardise=asked.standardise or 0)
         listeners: list[Each] = []
         if config.decode.on_error == "fail":
-            listeners.append(_refuse_rejected)
+            listeners.append(lambda report, _: refuse_rejected(report.batch))
         if asked.out:
             listeners.append(stack.enter_context(_forecast_file(asked.out)))
         if asked.dead_letters:
@@ -240,12 +240,6 @@ def _naive_note(decoder: Decoder) -> list[str]:
 
 
 # Where forecasts and dead letters go.
-
-
-def _refuse_rejected(report: StepReport, _messages: Messages) -> None:
-    """``decode.on_error: fail``."""
-    for r in report.batch.rejected:
-        raise DataError(f"{r.topic}-{r.partition} @ {r.offset} row {r.row}: {r.reason} {r.path}: {r.message}")
 
 
 @contextmanager

@@ -121,7 +121,7 @@ def _pace(config: Config) -> Pace:
         trim=config.sink.progress.trim,
         trouble_limit_s=config.runtime.deadline,
         shutdown_timeout_s=config.runtime.shutdown_timeout,
-        on_error=config.decode.on_error,
+        fail_on_rejected=config.decode.on_error == "fail",
     )
 
 

@@ -22,6 +22,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from streamlstm.config.model import Decode
+from streamlstm.errors import DataError
 from streamlstm.records.batch import Messages, RecordBatch
 from streamlstm.records.columns import Assembler, Rows
 from streamlstm.records.csv import CsvReader
@@ -59,3 +60,10 @@ def compile_decoder(decode: Decode, columns: Sequence[str] | None = None) -> Dec
     plan = compile_plan(decode, columns)
     reader = JsonReader(plan) if decode.format == "json" else CsvReader(plan, decode.csv, columns or ())
     return Decoder(reader, Assembler(plan))
+
+
+def refuse_rejected(batch: RecordBatch) -> None:
+    """``decode.on_error: fail``: raises :class:`~streamlstm.errors.DataError` for the first record not understood."""
+    for r in batch.rejected:
+        where = f"{r.topic}-{r.partition} offset {r.offset} row {r.row}"
+        raise DataError(f"decode.on_error: fail: {where}: {': '.join(filter(None, (r.reason, r.path, r.message)))}")

@@ -10,11 +10,12 @@ doubt ends the process, and the next start takes up what was committed.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
-from typing import Literal, Protocol
+from typing import Protocol
 
 from streamlstm.engine.report import StepReport
-from streamlstm.errors import CheckpointNotWritten, DataError, StreamlstmError, Temporary, Unavailable
-from streamlstm.records.batch import Cut, Messages, RecordBatch
+from streamlstm.errors import CheckpointNotWritten, StreamlstmError, Temporary, Unavailable
+from streamlstm.records.batch import Cut, Messages
+from streamlstm.records.decode import refuse_rejected
 from streamlstm.recovery.background import BackgroundWriter, Failed, Kept, Outcome
 from streamlstm.recovery.checkpoint import Provenance, Refused
 from streamlstm.recovery.progress import Link, digest_record, encode_record, positions_after, record_steps
@@ -80,7 +81,7 @@ class Pace:
     trim: bool
     trouble_limit_s: float
     shutdown_timeout_s: float
-    on_error: Literal["dead_letter", "skip", "fail"]
+    fail_on_rejected: bool
 
 
 @dataclass(slots=True)
@@ -252,8 +253,8 @@ class Daemon:
         """Compute one cut, and put what it gave into the transaction."""
         polled_s = self._now_s()
         batch = self._world.decode(messages)
-        if self._pace.on_error == "fail" and batch.rejected:
-            raise DataError(_describe_rejection(batch))
+        if self._pace.fail_on_rejected:
+            refuse_rejected(batch)
         decoded_s = self._now_s()
         report = self._engine.step(batch)
         stepped_s = self._now_s()
@@ -491,11 +492,3 @@ def _bytes_by_topic(messages: Messages) -> dict[str, int]:
     for index, group in groupby(pairs, key=lambda pair: pair[0]):
         total[messages.cut[index].topic] += sum(len(value or b"") for _, value in group)
     return total
-
-
-def _describe_rejection(batch: RecordBatch) -> str:
-    first = batch.rejected[0]
-    return (
-        f"decode.on_error: fail: {first.topic}-{first.partition} offset {first.offset}: {first.reason} "
-        f"{first.path}: {first.message}"
-    )

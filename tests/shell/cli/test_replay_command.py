@@ -202,7 +202,7 @@ def test_on_error_fail_exits_65_at_the_record(
     argv = ["replay", "-c", str(config), "--from", str(data), "--set", "decode.on_error=fail", "--out", str(out)]
     assert main(argv) == 65
     captured = capsys.readouterr()
-    assert "@ 7 row 0" in captured.err
+    assert "offset 7 row 0" in captured.err
     assert captured.out == ""
     assert not out.exists(), "a file that is not whole does not appear"
 

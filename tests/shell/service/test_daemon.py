@@ -302,9 +302,9 @@ def test_a_checkpoint_that_ends_while_steps_are_open_does_not_begin_the_next_amo
 
 def test_bad_input_may_be_told_to_end_it(tmp_path):
     broker = Broker({"in": [[message("a", 1.0), b"broken"]]})
-    process = Process(broker, tmp_path / "state", pace=replace(PACE, on_error="fail"))
+    process = Process(broker, tmp_path / "state", pace=replace(PACE, fail_on_rejected=True))
 
-    with pytest.raises(DataError, match=r"in-0 offset 1: decode") as caught:
+    with pytest.raises(DataError, match=r"in-0 offset 1 row 0: decode") as caught:
         process.run()
     assert caught.value.exit_code == 65
     assert "broken" not in str(caught.value)
