@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from streamlstm.engine.state import EngineState
 from streamlstm.errors import CheckpointNotWritten
-from streamlstm.recovery.checkpoint import CheckpointStore, Provenance, Written
+from streamlstm.recovery.checkpoint import Beside, CheckpointStore, Provenance, Written
 from streamlstm.recovery.progress import Link
 
 # A disk that is full, read-only or away may come back; any other error says that it loses data.
@@ -71,11 +71,21 @@ class BackgroundWriter:
         """Whether an outcome is still to be fetched."""
         return self._busy
 
-    def submit(self, state: EngineState, provenance: Provenance) -> None:
-        """Begin. The outcome of the one before must have been fetched."""
+    def submit(
+        self,
+        state: EngineState,
+        provenance: Provenance,
+        beside: Beside | None = None,
+        before: Callable[[], object] = lambda: None,
+    ) -> None:
+        """
+        Begin. The outcome of the one before must have been fetched.
+
+        ``before`` is called first, beside the loop too: it makes durable what the generation speaks of.
+        """
         assert not self._busy
         self._busy = True
-        self._start(lambda: self._work(state, provenance))
+        self._start(lambda: self._work(state, provenance, beside, before))
 
     def poll(self, timeout_s: float = 0.0) -> Outcome | None:
         """The outcome, if it is there within ``timeout_s``. An unexpected error is raised here."""
@@ -90,9 +100,12 @@ class BackgroundWriter:
             raise outcome
         return outcome
 
-    def _work(self, state: EngineState, provenance: Provenance) -> None:
+    def _work(
+        self, state: EngineState, provenance: Provenance, beside: Beside | None, before: Callable[[], object]
+    ) -> None:
         try:
-            written = self._store.write(state, provenance)
+            before()
+            written = self._store.write(state, provenance, beside)
             leftover = self._store.prune(self._keep)
             self._done.put(Kept(written, self._store.oldest_link(), leftover))
         except CheckpointNotWritten as error:

@@ -26,6 +26,8 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, Self, cast
 from urllib.parse import quote
 
+from torch import Tensor
+
 from streamlstm.engine.state import EngineState
 from streamlstm.errors import CheckpointError, CheckpointNotWritten, ConfigError, Temporary
 from streamlstm.recovery.disk import Disk
@@ -52,6 +54,8 @@ _MANIFEST = "MANIFEST.json"
 _META = "meta.json"
 _MODEL = "model.pt"
 _OPTIM = "optim.pt"
+_BESIDE = "beside.json"
+_BESIDE_TENSORS = "beside.pt"
 _LOCK = "lock"
 _GENERATION = re.compile(r"^\d{20}$")
 _REPLACED = re.compile(r"^(\d{20})\.replaced$")
@@ -114,11 +118,20 @@ class Written:
     fsync_s: float
 
 
+@dataclass(frozen=True, slots=True)
+class Beside:
+    """What a generation carries beside the engine's state, for the shell that made it: JSON, and named tensors."""
+
+    values: Any
+    tensors: dict[str, Tensor]
+
+
 class Loaded(NamedTuple):
     """A generation and the state it holds."""
 
     generation: Generation
     state: EngineState
+    beside: Beside | None = None
 
 
 class Refused(NamedTuple):
@@ -218,7 +231,7 @@ class CheckpointStore:
             training=read_tensors(_checked(path / _OPTIM, listed[_OPTIM])),
             meta=cast("dict[str, Any]", meta["state"]),
         )
-        return Loaded(generation, state)
+        return Loaded(generation, state, _load_beside(path, listed))
 
     def newest(self, beyond: Mapping[int, str] | None = None) -> tuple[Loaded | None, list[Refused]]:
         """
@@ -259,9 +272,9 @@ class CheckpointStore:
             raise CheckpointNotWritten(f"{self._path(step)} is bad and cannot be put aside: {error}") from error
         return name
 
-    def write(self, state: EngineState, provenance: Provenance) -> Written:
+    def write(self, state: EngineState, provenance: Provenance, beside: Beside | None = None) -> Written:
         """
-        Make a state durable, by the order at the top of this module.
+        Make a state durable, and what goes beside it, by the order at the top of this module.
 
         Raises :class:`~streamlstm.errors.CheckpointNotWritten`, whose cause is the ``OSError``; older generations are
         then as they were, and the attempt's files are gone if the disk lets them be removed.
@@ -269,7 +282,7 @@ class CheckpointStore:
         self._attempts += 1
         temporary = self.directory / f"{_TEMPORARY}{state.step:020d}-{self._attempts}"
         try:
-            return self._write(state, provenance, temporary)
+            return self._write(state, provenance, beside, temporary)
         except OSError as error:
             self._discard(temporary, state.step)
             raise CheckpointNotWritten(
@@ -360,13 +373,13 @@ class CheckpointStore:
     def _replaced(self, step: int) -> Path:
         return self.directory / f"{step:020d}.replaced"
 
-    def _write(self, state: EngineState, provenance: Provenance, temporary: Path) -> Written:
+    def _write(self, state: EngineState, provenance: Provenance, beside: Beside | None, temporary: Path) -> Written:
         final, replaced = self._path(state.step), self._replaced(state.step)
         began = time.perf_counter()
         fsync_s = 0.0
         self._disk.make_directory(temporary)
         listed: dict[str, dict[str, Value]] = {}
-        for name, put in _files_of(state, provenance).items():
+        for name, put in _files_of(state, provenance, beside).items():
             spent, size, digest = self._write_file(temporary / name, put)
             listed[name] = {"bytes": size, "sha256": digest}
             fsync_s += spent
@@ -496,7 +509,7 @@ class _Hashed:
             raise
 
 
-def _files_of(state: EngineState, provenance: Provenance) -> dict[str, Callable[[Sink], object]]:
+def _files_of(state: EngineState, provenance: Provenance, beside: Beside | None) -> dict[str, Callable[[Sink], object]]:
     """Every file but the manifest, by name, with what writes it."""
     files: dict[str, Callable[[Sink], object]] = {}
     for place, rows in group_by_place(state.series).items():
@@ -505,7 +518,17 @@ def _files_of(state: EngineState, provenance: Provenance) -> dict[str, Callable[
     files[_OPTIM] = lambda sink: write_tensors(sink, state.training)
     meta = canonical_json(_meta_of(state, provenance))
     files[_META] = lambda sink: sink.write(meta)
+    if beside is not None:
+        files[_BESIDE] = lambda sink: sink.write(canonical_json(beside.values))
+        files[_BESIDE_TENSORS] = lambda sink: write_tensors(sink, beside.tensors)
     return files
+
+
+def _load_beside(path: Path, listed: dict[str, "_Listed"]) -> Beside | None:
+    if _BESIDE not in listed:
+        return None
+    values = json.loads(_checked(path / _BESIDE, listed[_BESIDE]))
+    return Beside(values, read_tensors(_checked(path / _BESIDE_TENSORS, listed[_BESIDE_TENSORS])))
 
 
 def _state_name(place: Place) -> str:

@@ -18,7 +18,8 @@ from fakes import Crash, Fate, FatedDisk, digest_directory, fingerprint
 from streamlstm.engine.state import EngineState
 from streamlstm.errors import CheckpointError, CheckpointNotWritten, ConfigError, Temporary
 from streamlstm.records.batch import SeriesId
-from streamlstm.recovery.checkpoint import CheckpointStore, Provenance, Settings
+from streamlstm.recovery.background import BackgroundWriter
+from streamlstm.recovery.checkpoint import Beside, CheckpointStore, Provenance, Settings
 from streamlstm.recovery.disk import Disk
 from streamlstm.recovery.progress import Link
 from streamlstm.recovery.snapshot import canonical_json
@@ -84,6 +85,29 @@ def test_a_table_that_has_no_chunk_yet_stays_one(store):
     store.write(empty, provenance())
 
     assert store.load(0).state.columns == {"h": [], "n": []}
+
+
+def test_what_goes_beside_the_state_comes_back_with_it(store):
+    beside = Beside({"lengths": [3]}, {"open": torch.arange(3.0, dtype=torch.float64)})
+    store.write(state(1), provenance(), beside)
+    write(store, 2)
+
+    loaded = store.load(1).beside
+
+    assert loaded is not None
+    assert loaded.values == beside.values
+    assert torch.equal(loaded.tensors["open"], beside.tensors["open"])
+    assert store.load(2).beside is None
+
+
+def test_what_a_generation_speaks_of_is_made_durable_before_it_and_in_the_same_thread(store):
+    seen: list[list[int]] = []
+    writer = BackgroundWriter(store, keep=3, start=lambda work: work())
+
+    writer.submit(state(1), provenance(), before=lambda: seen.append(store.steps()))
+
+    assert writer.poll() is not None
+    assert (seen, store.steps()) == ([[]], [1])
 
 
 def test_only_we_can_read_it(store):
