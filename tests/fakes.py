@@ -20,8 +20,9 @@ from streamlstm.engine.state import EngineState
 from streamlstm.errors import LogGap
 from streamlstm.records.batch import Cut, Messages, Range, RecordBatch, Rejected, SeriesId
 from streamlstm.recovery.background import BackgroundWriter
-from streamlstm.recovery.checkpoint import CheckpointStore, Settings
+from streamlstm.recovery.checkpoint import open_store
 from streamlstm.recovery.disk import Disk
+from streamlstm.recovery.generations import Settings
 from streamlstm.recovery.resume import EngineMaker, Ready, Terms, World, resume
 from streamlstm.service.daemon import Daemon, Pace, Startup
 from streamlstm.service.observer import Observers
@@ -488,7 +489,7 @@ class Process:
         self.clock, self.stop, self.journal, self.watching = Clock(), Stop(), Journal(), Watching()
         self.source = MemorySource(broker, self.fate, self.clock, sizes, at_end=self.stop.request)
         self.publisher = MemoryPublisher(broker, self.fate)
-        self.store = CheckpointStore(directory, disk or FatedDisk(self.fate))
+        self.store = open_store(directory, disk or FatedDisk(self.fate))
         gain = settings.learning["gain"]
         self.world = World(
             store=self.store,

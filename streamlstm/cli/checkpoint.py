@@ -34,18 +34,16 @@ def list_(loaded: "Loaded", *, as_json: bool) -> None:
     Reads only; a running service is not disturbed. Those that were put aside as bad are listed by name.
     """
     # Imported here, because a help text need not wait for torch.
-    from pathlib import Path  # noqa: PLC0415, because of the line above
+    from streamlstm.recovery.checkpoint import open_store  # noqa: PLC0415, because of the line above
 
-    from streamlstm.recovery.checkpoint import CheckpointStore  # noqa: PLC0415, because of the line above
-
-    store = CheckpointStore(Path(loaded.config.checkpoint.url))
+    store = open_store(loaded.config.checkpoint.url)
     rows = [row for step in store.steps() if (row := _describe(store, step)) is not None]
-    aside = store.bad() if store.directory.is_dir() else []
+    aside = store.bad()
     if as_json:
-        click.echo(json.dumps({"directory": str(store.directory), "checkpoints": rows, "put_aside": aside}, indent=2))
+        click.echo(json.dumps({"directory": store.name, "checkpoints": rows, "put_aside": aside}, indent=2))
         return
     if not rows:
-        click.echo(f"no checkpoint in {store.directory}")
+        click.echo(f"no checkpoint in {store.name}")
     else:
         _print(rows)
     for name in aside:

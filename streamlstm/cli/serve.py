@@ -4,7 +4,6 @@ import secrets
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from pathlib import Path
 
 import structlog
 
@@ -17,8 +16,9 @@ from streamlstm.errors import ConfigError
 from streamlstm.records.batch import Messages, RecordBatch
 from streamlstm.records.decode import Decoder, compile_decoder
 from streamlstm.recovery.background import BackgroundWriter
-from streamlstm.recovery.checkpoint import CheckpointStore, Settings
+from streamlstm.recovery.checkpoint import CheckpointStore, open_store
 from streamlstm.recovery.fingerprint import take_fingerprint
+from streamlstm.recovery.generations import Settings
 from streamlstm.recovery.resume import EngineMaker, Terms, World, resume
 from streamlstm.service.daemon import Daemon, Log, Pace, Startup, StoppedEarly
 from streamlstm.service.encode import ForecastEncoder
@@ -51,7 +51,7 @@ def serve(config: Config) -> None:
     with ExitStack() as stack:
         stack.enter_context(signals_stop(stop, config.runtime.shutdown_timeout, leave))
         # Locked before a port is taken: a process that is being replaced has both, and only the lock says "wait".
-        store = CheckpointStore(Path(config.checkpoint.url)).open()
+        store = open_store(config.checkpoint.url).open()
         stack.callback(store.close)
         observer = _watch(stack, config, device, log)
         world, terms = _world(stack, store, config, device, _warned(decoder, log)), _terms(config, device)

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 from streamlstm.engine.state import EngineState
 from streamlstm.errors import CheckpointNotWritten
-from streamlstm.recovery.checkpoint import Beside, CheckpointStore, Provenance, Written
+from streamlstm.recovery.checkpoint import CheckpointStore, Written
+from streamlstm.recovery.generations import Beside, Provenance
 from streamlstm.recovery.progress import Link
 
 # A disk that is full, read-only or away may come back; any other error says that it loses data.

@@ -22,8 +22,9 @@ from streamlstm.errors import (
     TopicChanged,
 )
 from streamlstm.records.batch import Messages, RecordBatch
-from streamlstm.recovery.checkpoint import CheckpointStore, Generation, Loaded, Provenance, Refused, Settings
+from streamlstm.recovery.checkpoint import CheckpointStore, Refused
 from streamlstm.recovery.fingerprint import Fingerprint, compare_fingerprints
+from streamlstm.recovery.generations import Generation, Loaded, Provenance, Settings
 from streamlstm.recovery.progress import (
     Chain,
     Incarnation,
@@ -268,7 +269,7 @@ def _read_progress(
         if chain.tip is not None:
             aside = f" ({', '.join(world.store.bad())} were put aside as bad)" if world.store.bad() else ""
             raise ProgressError(
-                f"the progress topic holds {chain.last_step} steps of {name!r}, but {world.store.directory} has no "
+                f"the progress topic holds {chain.last_step} steps of {name!r}, but {world.store.name} has no "
                 f"checkpoint{aside}: bring the state directory back, or start anew under another name with other topics"
             )
         return None, list(refused), chain

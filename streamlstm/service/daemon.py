@@ -17,7 +17,8 @@ from streamlstm.errors import CheckpointNotWritten, StreamlstmError, Temporary, 
 from streamlstm.records.batch import Cut, Messages
 from streamlstm.records.decode import refuse_rejected
 from streamlstm.recovery.background import BackgroundWriter, Failed, Kept, Outcome
-from streamlstm.recovery.checkpoint import Provenance, Refused
+from streamlstm.recovery.checkpoint import Refused
+from streamlstm.recovery.generations import Provenance
 from streamlstm.recovery.progress import Link, digest_record, encode_record, positions_after, record_steps
 from streamlstm.recovery.resume import Ready, Terms, World, judge_fenced
 from streamlstm.service.observer import Checkpointed, Committed, Observer, Resumed, StepTimings

@@ -16,7 +16,7 @@ from service import Service, wait_for
 
 from streamlstm.engine.core import Engine
 from streamlstm.records.decode import compile_decoder
-from streamlstm.recovery.checkpoint import CheckpointStore
+from streamlstm.recovery.checkpoint import open_store
 from streamlstm.recovery.progress import Chain, Incarnation, decode_record, read_chain
 from streamlstm.service.encode import ForecastEncoder
 from streamlstm.transport.kafka.topics import create_topics
@@ -191,6 +191,6 @@ def test_four_partitions_killed_equal_their_recorded_cuts(
     published = [json.loads(value)["source"] for value in deployment.committed(config.forecast_topic)]
     assert len(published) == len(coordinates)
     assert {(told["partition"], told["offset"]) for told in published} == coordinates
-    store = CheckpointStore(Path(config.checkpoint.url))
+    store = open_store(config.checkpoint.url)
     assert store.load(store.steps()[-1]).state.digests() == engine.state().digests()
     shutil.rmtree(tmp_path / "killed")

@@ -13,7 +13,7 @@ from broker import Cluster
 from deployment import Deployment
 from service import Service, wait_for
 
-from streamlstm.recovery.checkpoint import CheckpointStore
+from streamlstm.recovery.checkpoint import open_store
 from streamlstm.recovery.progress import Chain, read_chain
 
 
@@ -69,7 +69,7 @@ def test_a_signal_under_load_commits_checkpoints_and_exits_0_in_time(
     assert service.stop() == 0
     assert time.monotonic() - began < 10
 
-    store = CheckpointStore(Path(service.config.checkpoint.url))
+    store = open_store(Path(service.config.checkpoint.url))
     assert store.steps()[-1] == chain_of(deployment).last_step
     service.start()
     ready = service.wait_ready()

@@ -7,14 +7,15 @@ import torch
 from streamlstm.cli.main import main
 from streamlstm.engine.state import EngineState
 from streamlstm.records.batch import SeriesId
-from streamlstm.recovery.checkpoint import CheckpointStore, Provenance, Settings
+from streamlstm.recovery.checkpoint import open_store
+from streamlstm.recovery.generations import Provenance, Settings
 from streamlstm.transport.interfaces import Position
 
 
 @pytest.fixture
 def config(tmp_path: Path) -> str:
     """A configuration whose checkpoints are of steps 0 and 7."""
-    store = CheckpointStore(tmp_path / "state").open()
+    store = open_store(tmp_path / "state").open()
     for step, series in ((0, ()), (7, (SeriesId("in", 0, "a"),))):
         state = EngineState(step, series, {"n": [torch.zeros(1)]}, {}, {}, {})
         made = Provenance(
@@ -73,13 +74,13 @@ def test_a_bad_one_is_listed_with_its_reason_and_left_alone(capsys, config, tmp_
 
 
 def test_a_running_service_is_not_disturbed(capsys, config, tmp_path):
-    running = CheckpointStore(tmp_path / "state").open()
+    running = open_store(tmp_path / "state").open()
     assert len(listed(capsys, config)["checkpoints"]) == 2
     running.close()
 
 
 def test_those_put_aside_are_named(capsys, config, tmp_path):
-    store = CheckpointStore(tmp_path / "state").open()
+    store = open_store(tmp_path / "state").open()
     store.put_aside(7)
     store.close()
     assert listed(capsys, config)["put_aside"] == [f"{7:020d}.bad-1"]

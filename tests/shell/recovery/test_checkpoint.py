@@ -19,8 +19,9 @@ from streamlstm.engine.state import EngineState
 from streamlstm.errors import CheckpointError, CheckpointNotWritten, ConfigError, Temporary
 from streamlstm.records.batch import SeriesId
 from streamlstm.recovery.background import BackgroundWriter
-from streamlstm.recovery.checkpoint import Beside, CheckpointStore, Provenance, Settings
+from streamlstm.recovery.checkpoint import CheckpointStore, open_store
 from streamlstm.recovery.disk import Disk
+from streamlstm.recovery.generations import Beside, Provenance, Settings
 from streamlstm.recovery.progress import Link
 from streamlstm.recovery.snapshot import canonical_json
 from streamlstm.transport.interfaces import Position
@@ -53,7 +54,7 @@ def provenance(step: int = 0) -> Provenance:
 
 @pytest.fixture
 def store(tmp_path):
-    opened = CheckpointStore(tmp_path / "state").open()
+    opened = open_store(tmp_path / "state").open()
     yield opened
     opened.close()
 
@@ -223,6 +224,74 @@ def test_a_generation_of_another_shape_is_bad_however_right_its_hashes(store, sa
         store.verify(2)
 
 
+META = [
+    ("step", "2"),
+    ("step", 2.0),
+    ("step", -2),
+    ("step", 3),
+    ("series", True),
+    ("series", 4),
+    ("created_ms", "now"),
+    ("created_ms", 1 << 70),
+    ("lineage", 7),
+    ("incarnation", None),
+    ("positions", {}),
+    ("positions", [["in", 0, 5]]),
+    ("positions", [{"topic": "in", "partition": "0", "next_offset": 5, "leader_epoch": None}]),
+    ("positions", [{"topic": "in", "partition": 0, "next_offset": -5, "leader_epoch": None}]),
+    ("topic_ids", {"in": 1}),
+    ("progress", {"offset": "1", "digest": "d"}),
+    ("config", {"name": "n", "hash": "other", "identity": {}, "learning": {}}),
+    ("config", {"name": "n", "hash": "hash", "identity": [], "learning": {}}),
+    ("columns", {"age": {"dtype": 3, "shape": []}}),
+    ("columns", {"age": {"dtype": "int64", "shape": [-1]}}),
+    ("columns", {"age": {"dtype": "no_such", "shape": []}}),
+    ("state", []),
+    ("unheard_of", 1),
+]
+
+
+@pytest.mark.parametrize(("name", "value"), META, ids=str)
+def test_a_wrong_type_in_meta_makes_a_generation_bad_however_right_its_hash(store, name, value):
+    write(store, 1, 2)
+    path = store.directory / f"{2:020d}"
+    reseal(path, json.loads((path / "meta.json").read_bytes()) | {name: value})
+
+    loaded, refused = store.newest()
+
+    assert loaded is not None
+    assert (loaded.generation.step, [r.step for r in refused]) == (1, [2])
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"schema": "1"},
+        {"schema": 0},
+        {"schema": True},
+        {"step": 2.0},
+        {"config": 1},
+        {"fingerprint": {"cpu": 1}},
+        {"attempt": "../../else"},
+        {"files": {"../x": {"bytes": 0, "sha256": "0" * 64}}},
+        {"files": {"x": {"bytes": 0, "sha256": "0" * 63}}},
+        {"files": {"x": {"bytes": -1, "sha256": "0" * 64}}},
+        {"unheard_of": 1},
+    ],
+    ids=str,
+)
+def test_a_wrong_type_in_the_manifest_makes_a_generation_bad_however_right_its_seal(store, said):
+    write(store, 1, 2)
+    path = store.directory / f"{2:020d}"
+    files = json.loads((path / "MANIFEST.json").read_bytes())["files"]
+    reseal(path, **(said | {"files": files | said["files"]} if "files" in said else said))
+
+    loaded, refused = store.newest()
+
+    assert loaded is not None
+    assert (loaded.generation.step, [r.step for r in refused]) == (1, [2])
+
+
 def test_a_file_that_is_not_listed_is_not_tolerated(store):
     write(store, 1)
     (store.directory / f"{1:020d}" / "extra.pt").write_bytes(b"")
@@ -268,13 +337,12 @@ def test_no_parser_sees_a_byte_that_was_not_checked(store):
         store.load(1)
 
 
-def test_a_newer_layout_is_refused_not_called_bad(store, monkeypatch):
+def test_a_newer_layout_is_refused_not_called_bad(store):
     write(store, 1)
-    monkeypatch.setattr("streamlstm.recovery.checkpoint.SCHEMA", 2)
     write(store, 2)
-    monkeypatch.undo()
+    reseal(store.directory / f"{2:020d}", schema=2, something="that layout 1 does not have")
 
-    with pytest.raises(CheckpointError, match="layout 2, and this version reads 1"):
+    with pytest.raises(CheckpointError, match="step 2: the checkpoint has layout 2, and this version reads up to 1"):
         store.newest()
 
 
@@ -324,7 +392,7 @@ def test_what_a_killed_process_left_is_swept_up(store):
     shutil.copytree(store.directory / f"{1:020d}", store.directory / ".tmp-00000000000000000002-1")
     store.close()
 
-    again = CheckpointStore(store.directory).open()
+    again = open_store(store.directory).open()
     assert sorted(p.name for p in store.directory.iterdir()) == [f"{1:020d}", "lock"]
     again.close()
 
@@ -341,7 +409,7 @@ def test_what_is_called_unfinished_and_is_no_directory_is_swept_up_too(tmp_path,
     else:
         odd.symlink_to(other if what == "link to a directory" else tmp_path / "none")
 
-    CheckpointStore(directory).open().close()
+    open_store(directory).open().close()
 
     assert [p.name for p in directory.iterdir()] == ["lock"]
     assert (other / "kept").exists()
@@ -349,7 +417,7 @@ def test_what_is_called_unfinished_and_is_no_directory_is_swept_up_too(tmp_path,
 
 def test_a_second_process_is_told_who_holds_the_lock(store):
     with pytest.raises(Temporary, match=f"in use by another process \\(pid {os.getpid()}\\)") as caught:
-        CheckpointStore(store.directory).open()
+        open_store(store.directory).open()
     assert caught.value.exit_code == 75
 
 
@@ -357,8 +425,8 @@ def test_the_lock_ends_with_its_process(tmp_path):
     script = textwrap.dedent(
         f"""
         from pathlib import Path
-        from streamlstm.recovery.checkpoint import CheckpointStore
-        CheckpointStore(Path({str(tmp_path / "state")!r})).open()
+        from streamlstm.recovery.checkpoint import open_store
+        open_store(Path({str(tmp_path / "state")!r})).open()
         print("locked", flush=True)
         import time
         time.sleep(60)
@@ -368,9 +436,9 @@ def test_the_lock_ends_with_its_process(tmp_path):
         assert child.stdout is not None
         assert child.stdout.readline() == b"locked\n"
         with pytest.raises(Temporary):
-            CheckpointStore(tmp_path / "state").open()
+            open_store(tmp_path / "state").open()
         child.kill()
-    CheckpointStore(tmp_path / "state").open().close()
+    open_store(tmp_path / "state").open().close()
 
 
 def a_file(root: Path) -> Path:
@@ -396,7 +464,7 @@ class Unwritable(Disk):
 )
 def test_a_directory_that_cannot_be_used_is_a_matter_of_configuration(tmp_path, prepare, disk):
     with pytest.raises(ConfigError, match=r"^checkpoint\.url: ") as caught:
-        CheckpointStore(prepare(tmp_path), disk).open()
+        open_store(prepare(tmp_path), disk).open()
     assert caught.value.exit_code == 78
     assert "\n" not in str(caught.value)
 
@@ -432,11 +500,11 @@ def test_whichever_operation_fails_the_previous_generation_loads(tmp_path, numbe
     while True:
         at += 1
         directory = tmp_path / f"{at}"
-        first = CheckpointStore(directory).open()
+        first = open_store(directory).open()
         write(first, 1)
         first.close()
         disk = Failing(at, number)
-        store = CheckpointStore(directory, disk).open()
+        store = open_store(directory, disk).open()
         error = attempt(store)
         if error is None:
             assert not disk.failed
@@ -461,10 +529,10 @@ def test_wherever_the_process_is_killed_the_previous_generation_loads(tmp_path):
     at = 0
     while True:
         directory = tmp_path / f"{at}"
-        first = CheckpointStore(directory).open()
+        first = open_store(directory).open()
         write(first, 1)
         first.close()
-        store = CheckpointStore(directory, FatedDisk(Fate(at)))
+        store = open_store(directory, FatedDisk(Fate(at)))
         try:
             store.open()
             store.write(state(2), provenance(2))
@@ -473,7 +541,7 @@ def test_wherever_the_process_is_killed_the_previous_generation_loads(tmp_path):
         except Crash:
             finished = False
         store.close()
-        again = CheckpointStore(directory).open()
+        again = open_store(directory).open()
         loaded, refused = again.newest()
         assert loaded is not None
         assert refused == []
@@ -491,10 +559,10 @@ def test_wherever_the_process_is_killed_the_previous_generation_loads(tmp_path):
 def test_wherever_a_replacement_is_cut_one_of_the_two_is_there(tmp_path):
     for at in range(200):
         directory = tmp_path / f"{at}"
-        first = CheckpointStore(directory).open()
+        first = open_store(directory).open()
         old = first.write(state(0), provenance(1)).generation
         first.close()
-        store = CheckpointStore(directory, FatedDisk(Fate(at)))
+        store = open_store(directory, FatedDisk(Fate(at)))
         try:
             store.open()
             store.write(state(0), provenance(2))
@@ -502,7 +570,7 @@ def test_wherever_a_replacement_is_cut_one_of_the_two_is_there(tmp_path):
         except Crash:
             finished = False
         store.close()
-        again = CheckpointStore(directory).open()
+        again = open_store(directory).open()
         loaded, _ = again.newest()
         assert loaded is not None
         assert (loaded.generation.digest == old.digest) == (loaded.generation.provenance == provenance(1))
@@ -517,11 +585,11 @@ def test_wherever_a_replacement_is_cut_one_of_the_two_is_there(tmp_path):
 def test_whichever_operation_of_a_replacement_fails_one_of_the_two_is_there(tmp_path):
     for at in itertools.count(1):
         directory = tmp_path / f"{at}"
-        first = CheckpointStore(directory).open()
+        first = open_store(directory).open()
         first.write(state(2), provenance(1))
         first.close()
         disk = Failing(at, errno.ENOSPC)
-        store = CheckpointStore(directory, disk).open()
+        store = open_store(directory, disk).open()
         error = attempt(store)
         loaded, refused = store.newest()
         assert loaded is not None

@@ -16,8 +16,9 @@ from fakes import fingerprint
 
 from streamlstm.engine.state import EngineState
 from streamlstm.records.batch import SeriesId
-from streamlstm.recovery.checkpoint import CheckpointStore, Provenance, Settings
+from streamlstm.recovery.checkpoint import open_store
 from streamlstm.recovery.disk import Disk
+from streamlstm.recovery.generations import Provenance, Settings
 
 STATES = 400
 
@@ -155,7 +156,7 @@ def model(path: Path) -> Inode:
 
 def explore(tmp_path: Path, forget: str, states: int) -> tuple[int, int, int]:
     """Crash states tried; those where a visible generation was not whole; those where an announced one was lost."""
-    first = CheckpointStore(tmp_path / "first").open()
+    first = open_store(tmp_path / "first").open()
     first.write(state(1), provenance())
     first.close()
     rng = random.Random(17)
@@ -168,13 +169,13 @@ def explore(tmp_path: Path, forget: str, states: int) -> tuple[int, int, int]:
         disk = Adversary(root, model(root), cut_after, forget)
         announced = False
         try:
-            CheckpointStore(root, disk).write(state(2), provenance())
+            open_store(root, disk).write(state(2), provenance())
             announced = True
         except PowerCut:
             pass
         operations = operations or disk.done
         leave(disk.inode, after, rng)
-        store = CheckpointStore(after).open()
+        store = open_store(after).open()
         loaded, refused = store.newest()
         assert loaded is not None
         assert loaded.state.digests() == state(loaded.generation.step).digests()

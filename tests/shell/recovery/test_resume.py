@@ -22,7 +22,7 @@ from streamlstm.errors import (
     Temporary,
     TopicChanged,
 )
-from streamlstm.recovery.checkpoint import CheckpointStore
+from streamlstm.recovery.checkpoint import open_store
 from streamlstm.recovery.disk import Disk
 from streamlstm.recovery.progress import Incarnation, Steps, decode_record, read_chain
 from streamlstm.transport.interfaces import Fenced, ProgressEntry
@@ -219,7 +219,7 @@ def test_a_bad_newest_generation_costs_a_longer_replay_and_is_said(tmp_path, dam
     reference, digests = without_a_crash(tmp_path, partitions=1)
     broker, state = filled(partitions=1), tmp_path / "state"
     crash_after(broker, state, 7, pace=KEEP_ALL)
-    newest = max(CheckpointStore(state).steps())
+    newest = max(open_store(state).steps())
     assert newest > 0
     target = state / f"{newest:020d}" / "model.pt"
     data = target.read_bytes()
@@ -273,17 +273,17 @@ def test_a_checkpoint_without_its_progress_is_refused_and_kept(tmp_path):
     broker, state = filled(), tmp_path / "state"
     Process(broker, state).run()
     broker.progress.clear()
-    before = CheckpointStore(state).steps()
+    before = open_store(state).steps()
 
     with pytest.raises(ProgressError, match="the progress topic is empty"):
         Process(broker, state).run()
-    assert CheckpointStore(state).steps() == before
+    assert open_store(state).steps() == before
 
 
 def test_a_progress_topic_that_lost_the_generations_record_is_refused(tmp_path):
     broker, state = filled(), tmp_path / "state"
     crash_after(broker, state, 4, pace=KEEP_ALL)
-    store = CheckpointStore(state)
+    store = open_store(state)
     link = store.verify(max(store.steps())).provenance.progress
     assert link is not None
     broker.progress = [entry for entry in broker.progress if entry.offset > link.offset]
@@ -297,7 +297,7 @@ def test_a_generation_beyond_the_chain_is_put_aside(tmp_path):
     broker, state = filled(partitions=1), tmp_path / "state"
     Process(broker, state, pace=KEEP_ALL).run()
     # The log lost its newest records, as after an unclean election; what they published is gone too.
-    steps = CheckpointStore(state).steps()
+    steps = open_store(state).steps()
     kept = [e for e in broker.progress if (r := decode_record(e)) and getattr(r, "last", 0) <= steps[-2]]
     lost_steps = {s.number for s in read_chain(broker.progress, "n").after(steps[-2])}
     lost = {(r.partition, at) for s in read_chain(broker.progress, "n").after(steps[-2]) for r in s.cut
