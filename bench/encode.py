@@ -67,7 +67,7 @@ def naive(r: StepReport) -> list[bytes]:
                     "y": float(batch.target[k]),
                     "status": "ready",
                     "forecasts": forecasts,
-                    "model": {"version": "0.1.0", "config": _HASH[:8], "update": int(out.update_M[i])},
+                    "model": {"version": "0.1.0", "config": _HASH[:8], "revision": 0, "update": int(out.update_M[i])},
                     "source": {
                         "topic": "metrics.raw",
                         "partition": 3,

@@ -194,17 +194,18 @@ def _open_recorded(config: Config, asked: Asked) -> Generator[_Feed, None, None]
     source: KafkaSource | None = None
     try:
         chain = read_chain(KafkaProgressLog(config, deadline).read(), config.name)
-        origins = chain.origins_after(None)
-        if chain.trimmed or not origins:
+        steps = chain.to_replay(0)
+        if chain.origin is None or (steps and steps[0].number != 1):
             raise ProgressError(
                 f"{config.progress_topic} does not begin with the first step: it was trimmed, or nothing ran yet; "
                 "with sink.progress.trim: false all cuts are kept"
             )
         source = KafkaSource(config, deadline)
-        source.seek([Position(*position) for position in origins[-1].positions])
-        steps = [(recorded.cut, recorded.digest) for recorded in chain.steps]
-        total = sum(r.end - r.start for cut, _ in steps for r in cut)
-        cuts = feed_recorded(steps, source, config.runtime.deadline)
+        source.seek([Position(*position) for position in chain.origin.positions])
+        total = sum(r.end - r.start for step in steps for r in step.cut)
+        cuts = feed_recorded(
+            [(step.cut, step.digest) for step in steps], source, config.runtime.deadline, chain.excluded or ()
+        )
         if asked.rows is not None:
             cuts = _whole_cuts(cuts, asked.rows)
         yield _Feed(

@@ -63,7 +63,7 @@ def serve(config: Config) -> None:
             return
         startup.ready(ready)
         writer = BackgroundWriter(world.store, config.checkpoint.keep.last)
-        encoder = ForecastEncoder(config_hash(config), config.model.horizons)
+        encoder = ForecastEncoder(config_hash(config), config.model.horizons, ready.revision)
         Daemon(world, terms, ready, _pace(config), encoder, observer, log, stop, writer).run()
 
 

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from streamlstm.engine.state import EngineState
 from streamlstm.errors import CheckpointError
+from streamlstm.records.batch import Range
 from streamlstm.recovery.progress import Link, Value
 from streamlstm.recovery.snapshot import (
     Column,
@@ -71,7 +72,8 @@ class Provenance:
     Where a state stands: in the input (``positions``), in the progress chain, and under which configuration.
 
     ``progress`` is the record that ends with the state's step, ``None`` for a generation 0 that precedes the chain.
-    ``incarnation`` is the process that computed it, empty for generation 0.
+    ``incarnation`` is the process that computed it, empty for generation 0. ``revision`` counts the branches of the
+    chain up to here, and ``excluded`` are the ranges that they pass over: both survive the chain's trimming.
     """
 
     lineage: str
@@ -82,6 +84,8 @@ class Provenance:
     settings: Settings
     fingerprint: Mapping[str, str]
     created_ms: int
+    revision: int = 0
+    excluded: tuple[Range, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,6 +193,8 @@ class _Meta(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     created_ms: _Count
     lineage: str
     incarnation: str
+    revision: _Count
+    excluded: tuple[tuple[str, _Count, _Count, _Count], ...]
     positions: tuple[_Position, ...]
     topic_ids: dict[str, str]
     progress: _Link | None
@@ -242,6 +248,8 @@ class Header(NamedTuple):
             settings=Settings(meta.config.name, meta.config.hash, meta.config.identity, meta.config.learning),
             fingerprint=manifest.fingerprint,
             created_ms=meta.created_ms,
+            revision=meta.revision,
+            excluded=tuple(Range(*r) for r in meta.excluded),
         )
         size = len(self.sealed) + sum(entry.bytes for entry in manifest.files.values())
         return Generation(meta.step, digest_manifest(self.sealed), size, meta.series, made)
@@ -407,6 +415,8 @@ def _meta_of(state: EngineState, provenance: Provenance) -> dict[str, Any]:
         "created_ms": provenance.created_ms,
         "lineage": provenance.lineage,
         "incarnation": provenance.incarnation,
+        "revision": provenance.revision,
+        "excluded": [list(r) for r in provenance.excluded],
         # The client does not tell the leader epoch of what was read; the place is kept for one that does.
         "positions": [
             {"topic": p.topic, "partition": p.partition, "next_offset": p.next_offset, "leader_epoch": None}

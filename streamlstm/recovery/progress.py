@@ -1,11 +1,15 @@
 """
 The chain of committed steps: what every transaction records beside its forecasts, and how it is read back.
 
-Two kinds of record, each holding the SHA-256 of the record before it:
+Four kinds of record, each holding the SHA-256 of the record before it:
 
 - *incarnation*: a process took over. Its id, fingerprint and configuration; while the chain has no step also the start
   positions, the topic ids and the digest of generation 0, or two first hosts that start at ``latest`` would mix.
 - *steps*: the cuts a transaction consumed, in order, and the digest of what each of them gave.
+- *branch*: the chain goes on from an older generation, or from a new generation 0, under a new lineage and the next
+  revision. What it recorded beyond that point stays readable and counts no more.
+- *gap*: offsets that retention had deleted were passed over. The steps between the checkpoint it went on from and this
+  record are computed again without them, and their digests say nothing any more.
 
 A torn, forked or foreign chain is detected, never repaired. The front of the chain may have been trimmed.
 """
@@ -45,7 +49,8 @@ class Incarnation(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     A process took over after step ``after``, having loaded the generation ``checkpoint``.
 
     ``rebased``: the steps between the two were recomputed with other bits than they were recorded with.
-    ``origin`` is there while the chain has no step.
+    ``origin`` is there while the chain has no step. ``rebuilt`` is the digest of a generation 0 that was made again
+    from the log, and may stand in for the first one from here on.
     """
 
     schema: Literal[1] = 1
@@ -59,7 +64,9 @@ class Incarnation(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     config: str
     learning: dict[str, Value]
     fingerprint: dict[str, str]
+    revision: int = 0
     origin: Origin | None = None
+    rebuilt: str | None = None
 
 
 class StepEntry(msgspec.Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
@@ -80,23 +87,64 @@ class Steps(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     last: int
     topics: tuple[str, ...]
     steps: tuple[StepEntry, ...]
+    revision: int = 0
 
+
+class Branch(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="branch"):
+    """
+    From here the chain goes on after step ``after``, from the generation with the manifest digest ``generation``.
+
+    ``lineage`` is new and ``revision`` the next one: of two forecasts with the same coordinates the higher revision
+    counts. ``positions`` are those of the generation, all of them. ``excluded`` are all ranges whose messages are
+    passed over from here on, those of earlier branches included.
+    """
+
+    schema: Literal[1] = 1
+    prev: str
+    lineage: str
+    revision: int
+    name: str
+    after: int
+    generation: str
+    positions: tuple[tuple[str, int, int], ...]
+    topic_ids: dict[str, str]
+    excluded: tuple[Range, ...]
+
+
+class Gap(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, tag="gap"):
+    """
+    After step ``after``, ``ranges`` were passed over, because retention had deleted them.
+
+    The state it was written from is that of step ``checkpoint`` and the steps after it, computed without these offsets.
+    """
+
+    schema: Literal[1] = 1
+    prev: str
+    lineage: str
+    revision: int
+    incarnation: str
+    after: int
+    checkpoint: int
+    ranges: tuple[Range, ...]
+
+
+Record = Incarnation | Steps | Branch | Gap
 
 _encoder = msgspec.json.Encoder(order="deterministic")
-_decoder = msgspec.json.Decoder(Incarnation | Steps)
+_decoder = msgspec.json.Decoder(Record)
 
 
 @dataclass(frozen=True, slots=True)
 class RecordedStep:
-    """One step as the chain has it."""
+    """One step as the chain has it; ``digest`` is ``None`` where it says nothing about the step computed again."""
 
     number: int
     cut: Cut
-    digest: str
+    digest: str | None
     incarnation: str
 
 
-def encode_record(record: Incarnation | Steps) -> bytes:
+def encode_record(record: Record) -> bytes:
     """The value to publish."""
     return _encoder.encode(record)
 
@@ -107,7 +155,12 @@ def digest_record(value: bytes) -> str:
 
 
 def record_steps(
-    prev: Link | None, lineage: str, incarnation: str, first: int, steps: Sequence[tuple[Cut, bytes]]
+    prev: Link | None,
+    lineage: str,
+    incarnation: str,
+    first: int,
+    steps: Sequence[tuple[Cut, bytes]],
+    revision: int = 0,
 ) -> Steps:
     """The record of consecutive steps from number ``first``, each with its cut and the digest of its outputs."""
     topics = tuple(sorted({r.topic for cut, _ in steps for r in cut}))
@@ -123,20 +176,28 @@ def record_steps(
             StepEntry(tuple((index[r.topic], r.partition, r.start, r.end) for r in cut), digest.hex())
             for cut, digest in steps
         ),
+        revision=revision,
     )
 
 
 @dataclass(slots=True)
 class Chain:
     """
-    The chain as far as it was read, verified.
+    The chain as far as it was read, verified: what counts at its end.
 
     ``first`` and ``tip`` are its oldest and newest record; ``trimmed`` says that others came before. ``last_step`` is
     0 while there is none. ``positions`` is where the next cut must start, by (topic, partition): all of them when an
-    origin was read, else those seen. ``ends`` is the last step up to each record, by its digest. All oldest first.
+    origin or a branch was read, else those seen. ``ends`` is the last step up to each record, by its digest, of those
+    that a state may stand on: what a branch or a gap left behind is not among them, nor among ``steps``.
+
+    ``lineage`` and ``revision`` are the newest, ``lineages`` all that were met. ``excluded`` are the newest branch's
+    ranges, ``None`` where no branch was read. ``origin`` is what the first of ``steps`` started from, if it was read;
+    ``zeros`` are the digests that a generation 0 may have. All lists are oldest first.
     """
 
     lineage: str | None = None
+    revision: int = 0
+    excluded: tuple[Range, ...] | None = None
     first: Link | None = None
     tip: Link | None = None
     trimmed: bool = False
@@ -144,27 +205,85 @@ class Chain:
     steps: list[RecordedStep] = field(default_factory=list[RecordedStep])
     ends: dict[str, int] = field(default_factory=dict[str, int])
     incarnations: list[tuple[Link, Incarnation]] = field(default_factory=list[tuple[Link, Incarnation]])
+    branches: list[tuple[Link, Branch]] = field(default_factory=list[tuple[Link, Branch]])
+    gaps: list[Gap] = field(default_factory=list[Gap])
     positions: dict[tuple[str, int], int] = field(default_factory=dict[tuple[str, int], int])
+    lineages: set[str] = field(default_factory=set[str])
+    origin: Origin | None = None
+    zeros: set[str] = field(default_factory=set[str])
+    writer: str | None = None
+    """The incarnation that may write; ``None`` while its record is trimmed, empty after a branch."""
 
     def after(self, step: int) -> Iterator[RecordedStep]:
         """The recorded steps ``step + 1`` …, in order."""
         return (recorded for recorded in self.steps if recorded.number > step)
 
     def ends_at(self, link: Link) -> int | None:
-        """The last step up to and including this record, or ``None`` when the chain does not hold it."""
+        """The last step up to and including this record, or ``None`` when no state of the chain stands on it."""
         return self.ends.get(link.digest)
 
     def incarnation(self, ident: str) -> Incarnation | None:
         """An incarnation by its id, if it is retained."""
         return next((found for _, found in self.incarnations if found.id == ident), None)
 
-    def origins_after(self, link: Link | None) -> list[Origin]:
-        """What the incarnations after this record (``None``: all) took for the first step's start."""
-        return [
-            found.origin
-            for at, found in self.incarnations
-            if found.origin is not None and (link is None or at.offset > link.offset)
-        ]
+    def admit(self, entry: ProgressEntry, name: str) -> None:
+        """The next record, verified; see :func:`read_chain`."""
+        record = decode_record(entry)
+        link = Link(entry.offset, digest_record(entry.value))
+        if self.tip is None:
+            self.trimmed = record.prev != ""
+            self.lineage = record.lineage
+            if not self.trimmed and (not isinstance(record, Incarnation) or record.after):
+                _refuse(entry, "a chain that begins without its first incarnation")
+        elif record.prev != self.tip.digest:
+            what = "a second beginning" if record.prev == "" else "a record that does not follow the one before it"
+            _refuse(entry, f"{what}: the chain is forked or torn")
+        match record:
+            case Branch():
+                _admit_branch(self, entry, record, name)
+                self.branches.append((link, record))
+            case Incarnation():
+                _check_run(self, entry, record)
+                _admit_incarnation(self, entry, record, name)
+                self.incarnations.append((link, record))
+            case Gap():
+                _check_run(self, entry, record)
+                _admit_gap(self, entry, record)
+            case Steps():
+                _check_run(self, entry, record)
+                _admit_steps(self, entry, record)
+        self.lineages.add(record.lineage)
+        self.revision = record.revision
+        self.first = self.first or link
+        self.tip = link
+        self.ends[link.digest] = self.last_step
+
+    def to_replay(self, step: int) -> list[RecordedStep]:
+        """
+        The recorded steps after ``step`` as they are computed again from a state of that step: their cuts without what
+        was passed over, and without a digest where it was computed with it.
+        """
+        return [_without_gaps(recorded, self.gaps) for recorded in self.after(step)]
+
+    def positions_after(self, positions: Sequence[Position], step: int) -> tuple[Position, ...]:
+        """Where reading goes on after all of :meth:`to_replay`, from a state of ``step`` at these positions."""
+        ends = {(r.topic, r.partition): r.end for recorded in self.after(step) for r in recorded.cut}
+        for gap in self.gaps:
+            for r in gap.ranges if gap.after >= step else ():
+                place = (r.topic, r.partition)
+                ends[place] = max(ends.get(place, 0), r.end)
+        return tuple(p._replace(next_offset=max(p.next_offset, ends.get((p.topic, p.partition), 0))) for p in positions)
+
+    def drop_after(self, step: int) -> None:
+        """What was recorded beyond this step counts no more."""
+        self.steps = [recorded for recorded in self.steps if recorded.number <= step]
+        # A gap right after this step that no recorded step lacks is met again when reading goes on from before it.
+        self.gaps = [gap for gap in self.gaps if gap.after <= step and gap.checkpoint < step]
+        self.drop_ends(step)
+
+    def drop_ends(self, step: int) -> None:
+        """No state beyond this step stands on what was recorded so far."""
+        self.ends = {digest: last for digest, last in self.ends.items() if last <= step}
 
 
 def read_chain(entries: Sequence[ProgressEntry], name: str) -> Chain:
@@ -172,40 +291,16 @@ def read_chain(entries: Sequence[ProgressEntry], name: str) -> Chain:
     Verify what the progress log holds, and return it.
 
     Step numbers are contiguous, each range starts where the last one of its partition ended, every record names the
-    digest of the one before it, and all belong to one run of the deployment ``name``. Raises
-    :class:`~streamlstm.errors.ProgressError` with what is wrong and at which offset.
+    digest of the one before it, and all belong to one run of the deployment ``name``, whose lineage changes at a branch
+    only. Raises :class:`~streamlstm.errors.ProgressError` with what is wrong and at which offset.
     """
     chain = Chain()
-    current: str | None = None  # the incarnation that may write; unknown while its record is trimmed
     for entry in entries:
-        record = decode_record(entry)
-        link = Link(entry.offset, digest_record(entry.value))
-        if chain.tip is None:
-            chain.trimmed = record.prev != ""
-            chain.lineage = record.lineage
-            if not chain.trimmed and (isinstance(record, Steps) or record.after):
-                _refuse(entry, "a chain that begins without its first incarnation")
-        elif record.prev != chain.tip.digest:
-            what = "a second beginning" if record.prev == "" else "a record that does not follow the one before it"
-            _refuse(entry, f"{what}: the chain is forked or torn")
-        if record.lineage != chain.lineage:
-            _refuse(entry, "a record of another run: two deployments share the topic")
-        if isinstance(record, Incarnation):
-            _admit_incarnation(chain, entry, record, name)
-            chain.incarnations.append((link, record))
-            current = record.id
-        else:
-            if current is not None and record.incarnation != current:
-                _refuse(entry, "steps of a process that had been superseded")
-            current = record.incarnation
-            _admit_steps(chain, entry, record)
-        chain.first = chain.first or link
-        chain.tip = link
-        chain.ends[link.digest] = chain.last_step
+        chain.admit(entry, name)
     return chain
 
 
-def decode_record(entry: ProgressEntry) -> Incarnation | Steps:
+def decode_record(entry: ProgressEntry) -> Record:
     """One record. Raises :class:`~streamlstm.errors.ProgressError` when it is none of ours."""
     try:
         return _decoder.decode(entry.value)
@@ -213,16 +308,62 @@ def decode_record(entry: ProgressEntry) -> Incarnation | Steps:
         _refuse(entry, f"a record that is not ours, torn, or of a newer version: {error}", error)
 
 
-def _admit_incarnation(chain: Chain, entry: ProgressEntry, record: Incarnation, name: str) -> None:
+def _check_run(chain: Chain, entry: ProgressEntry, record: Incarnation | Steps | Gap) -> None:
+    if record.lineage != chain.lineage or (chain.tip is not None and record.revision != chain.revision):
+        _refuse(entry, "a record of another run: two deployments share the topic")
+    if not isinstance(record, Incarnation) and chain.writer not in (None, record.incarnation):
+        _refuse(entry, "a record of a process that had been superseded")
+    chain.writer = record.id if isinstance(record, Incarnation) else record.incarnation
+
+
+def _check_name(entry: ProgressEntry, record: Incarnation | Branch, name: str) -> None:
     if record.name != name:
         _refuse(entry, f"the topic belongs to the deployment {record.name!r}, and this one is called {name!r}")
+
+
+def _admit_incarnation(chain: Chain, entry: ProgressEntry, record: Incarnation, name: str) -> None:
+    _check_name(entry, record, name)
     if chain.tip is not None and record.after != chain.last_step:
         _refuse(entry, f"a process that took over after step {record.after}, but the last one is {chain.last_step}")
     if (record.origin is None) != (record.after > 0):
         _refuse(entry, "an incarnation whose start positions are missing or misplaced")
     if record.origin is not None:
-        chain.positions = {(topic, partition): at for topic, partition, at in record.origin.positions}
+        _begin_from(chain, record.origin)
+    if record.rebuilt is not None:
+        chain.zeros.add(record.rebuilt)
     chain.last_step = record.after
+
+
+def _admit_branch(chain: Chain, entry: ProgressEntry, record: Branch, name: str) -> None:
+    _check_name(entry, record, name)
+    if chain.tip is not None and (
+        record.after > chain.last_step or record.revision != chain.revision + 1 or record.lineage in chain.lineages
+    ):
+        _refuse(entry, f"a branch after step {record.after} that does not follow from the chain before it")
+    chain.lineage, chain.excluded, chain.writer = record.lineage, record.excluded, ""
+    chain.drop_after(record.after)
+    chain.last_step = record.after
+    chain.positions = {(topic, partition): at for topic, partition, at in record.positions}
+    if record.after == 0:
+        _begin_from(chain, Origin(record.generation, record.positions, record.topic_ids))
+
+
+def _begin_from(chain: Chain, origin: Origin) -> None:
+    chain.origin, chain.zeros = origin, {origin.generation}
+    chain.positions = {(topic, partition): at for topic, partition, at in origin.positions}
+
+
+def _admit_gap(chain: Chain, entry: ProgressEntry, record: Gap) -> None:
+    if (chain.tip is not None and record.after != chain.last_step) or record.checkpoint > record.after:
+        _refuse(entry, f"a gap after step {record.after}, but the last one is {chain.last_step}")
+    chain.last_step = record.after
+    for r in record.ranges:
+        at = chain.positions.get((r.topic, r.partition), r.end if chain.trimmed else -1)
+        if r.end <= r.start or (at < r.start):
+            _refuse(entry, f"a gap from {r.start} to {r.end} of {r.topic}-{r.partition}, which was read up to {at}")
+        chain.positions[r.topic, r.partition] = max(at, r.end)
+    chain.drop_ends(record.checkpoint)
+    chain.gaps.append(record)
 
 
 def _admit_steps(chain: Chain, entry: ProgressEntry, record: Steps) -> None:
@@ -245,6 +386,19 @@ def _admit_steps(chain: Chain, entry: ProgressEntry, record: Steps) -> None:
             chain.positions[place] = ranged.end
         chain.steps.append(RecordedStep(number, cut, step.digest, record.incarnation))
     chain.last_step = record.last
+
+
+def _without_gaps(recorded: RecordedStep, gaps: Sequence[Gap]) -> RecordedStep:
+    here = [gap for gap in gaps if gap.checkpoint < recorded.number <= gap.after]
+    if not here:
+        return recorded
+    ends = {(r.topic, r.partition): r.end for gap in here for r in gap.ranges}
+    cut = tuple(
+        r._replace(start=start)
+        for r in recorded.cut
+        if (start := max(r.start, ends.get((r.topic, r.partition), 0))) < r.end
+    )
+    return RecordedStep(recorded.number, cut, None, recorded.incarnation)
 
 
 def _range(entry: ProgressEntry, record: Steps, ranged: tuple[int, int, int, int]) -> Range:

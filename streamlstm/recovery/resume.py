@@ -21,11 +21,13 @@ from streamlstm.errors import (
     Superseded,
     TopicChanged,
 )
-from streamlstm.records.batch import Messages, RecordBatch
+from streamlstm.records.batch import Messages, Range, RecordBatch
 from streamlstm.recovery.checkpoint import CheckpointStore, Refused
+from streamlstm.recovery.exclusions import drop_excluded
 from streamlstm.recovery.fingerprint import Fingerprint, compare_fingerprints
 from streamlstm.recovery.generations import Generation, Loaded, Provenance, Settings
 from streamlstm.recovery.progress import (
+    Branch,
     Chain,
     Incarnation,
     Link,
@@ -34,7 +36,6 @@ from streamlstm.recovery.progress import (
     decode_record,
     digest_record,
     encode_record,
-    positions_after,
     read_chain,
 )
 from streamlstm.transport.interfaces import (
@@ -123,12 +124,14 @@ class Ready:
     Everything is as it was: the engine is after step ``last_step`` and the source at ``positions``.
 
     ``generation`` is the newest that is durable, ``refused`` were newer and bad. ``tip`` is the chain's newest record,
-    our own incarnation. ``replayed_records`` were consumed since ``generation``.
+    our own incarnation. ``replayed_records`` were consumed since ``generation``. ``excluded`` ranges are passed over.
     """
 
     engine: Steppable
     generation: Generation
     lineage: str
+    revision: int
+    excluded: tuple[Range, ...]
     incarnation: str
     tip: Link
     positions: tuple[Position, ...]
@@ -194,6 +197,7 @@ def resume(world: World, terms: Terms, witness: Witness) -> Ready:
         loaded = _prepare_first_step(world, terms, loaded, chain)  # 6
     assert loaded is not None  # progress without a checkpoint was refused
     generation = loaded.generation
+    excluded = generation.provenance.excluded if chain.excluded is None else chain.excluded
     pending = _steps_to_replay(chain, generation, terms.settings)
     engine = _restore(world.maker, loaded, terms.settings)
     del loaded  # the engine has its own copy
@@ -215,15 +219,17 @@ def resume(world: World, terms: Terms, witness: Witness) -> Ready:
     records = 0
     world.source.seek(generation.provenance.positions)
     for step in pending:  # 9
-        records += _replay(world, engine, step, terms.read_timeout_s, compare=not differences)
+        records += _replay(world, engine, step, excluded, terms.read_timeout_s, compare=not differences)
         witness.replayed(step.number, chain.last_step)
-    positions = positions_after(generation.provenance.positions, [step.cut for step in pending])
+    positions = chain.positions_after(generation.provenance.positions, generation.step)
     world.source.seek(positions)  # 10
     laps.lap("replay", began)
     return Ready(
         engine=engine,
         generation=generation,
-        lineage=generation.provenance.lineage,
+        lineage=chain.lineage or generation.provenance.lineage,
+        revision=max(chain.revision, generation.provenance.revision),
+        excluded=excluded,
         incarnation=ident,
         tip=tip,
         positions=positions,
@@ -250,6 +256,11 @@ def judge_fenced(error: Fenced, progress: ProgressLog, tip: Link | None, incarna
     except StreamlstmError:
         return error
     for record in records:
+        if isinstance(record, Branch):
+            return Superseded(
+                f"meanwhile the deployment was made to go on from step {record.after} (revision {record.revision}); "
+                "this process ends and must not be restarted by itself"
+            )
         writer = record.id if isinstance(record, Incarnation) else record.incarnation
         if writer != incarnation:
             return Superseded(
@@ -276,12 +287,13 @@ def _read_progress(
 
     link = loaded.generation.provenance.progress
     chain = read_chain(world.progress.read(link.offset if link else 0), name)
-    if link is not None and chain.first != link:
+    if link is not None and (chain.first != link or chain.ends_at(link) is None):
+        # What the newest generation stands on is gone, or left behind by a branch: an older one may need more of it.
         chain = read_chain(world.progress.read(), name)
     beyond: dict[int, str] = {}
     refused = list(refused)
     while loaded is not None:
-        reason = _why_not_on(chain, loaded.generation)
+        reason = why_not_on(chain, loaded.generation)
         if reason is None:
             break
         beyond[loaded.generation.step] = reason
@@ -289,9 +301,9 @@ def _read_progress(
     return loaded, refused, chain
 
 
-def _why_not_on(chain: Chain, generation: Generation) -> str | None:
+def why_not_on(chain: Chain, generation: Generation) -> str | None:
     """
-    Why this generation is beyond the chain, or ``None`` when it stands on it.
+    Why the chain does not go on from this generation, or ``None`` when it does.
 
     Raises :class:`~streamlstm.errors.ProgressError` when the chain is not this deployment's, or has lost the record
     that the generation stands on: then the generation is not to blame, and an older one would not help.
@@ -305,32 +317,35 @@ def _why_not_on(chain: Chain, generation: Generation) -> str | None:
             f"the progress topic is empty, but {here} stands on its offset {made.progress.offset}: is this the right "
             "cluster and topic? If the topic is lost, the deployment can only start anew, in another state directory"
         )
-    if chain.lineage != made.lineage:
+    if generation.step == 0 and generation.digest in chain.zeros:
+        return None
+    if made.lineage not in chain.lineages and not (chain.trimmed and chain.branches):
         raise ProgressError(
             f"the progress topic belongs to run {chain.lineage} and {here} to run {made.lineage}: another host "
             "started this deployment first, or one of the two was brought back from elsewhere"
         )
     if made.progress is None:
-        if chain.trimmed:
+        if chain.trimmed and made.lineage == chain.lineage:
             raise ProgressError(f"the progress topic was trimmed, but {here} needs it from its first record")
-        stands = True
-    else:
-        if made.progress.offset < chain.first.offset:
-            raise ProgressError(
-                f"the progress topic begins at offset {chain.first.offset}, but {here} stands on offset "
-                f"{made.progress.offset}: it must keep its records (cleanup.policy=delete, retention.ms=-1)"
-            )
-        stands = chain.ends_at(made.progress) == generation.step
-    if not stands:
+    elif made.progress.offset < chain.first.offset and made.lineage == chain.lineage:
+        raise ProgressError(
+            f"the progress topic begins at offset {chain.first.offset}, but {here} stands on offset "
+            f"{made.progress.offset}: it must keep its records (cleanup.policy=delete, retention.ms=-1)"
+        )
+    elif chain.ends_at(made.progress) != generation.step:
         return f"it is not in the progress chain, which ends with step {chain.last_step}"
-    if generation.step == 0:
-        origins = chain.origins_after(made.progress)
-        if any(origin.generation != generation.digest for origin in origins) or (not origins and chain.last_step):
-            raise ProgressError(
-                f"the progress topic began with another generation 0 than the one in this state directory, run "
-                f"{made.lineage}: another host started this deployment first"
-            )
+    if generation.step == 0 and (chain.last_step or made.progress != chain.tip):
+        return _why_not_zero(chain, made)
     return None
+
+
+def _why_not_zero(chain: Chain, made: Provenance) -> str:
+    if made.lineage != chain.lineage:
+        return f"the deployment began anew since, with revision {chain.revision}"
+    raise ProgressError(
+        f"the progress topic began with another generation 0 than the one in this state directory, run "
+        f"{made.lineage}: another host started this deployment first"
+    )
 
 
 def _check_identity(generation: Generation, settings: Settings) -> None:
@@ -394,7 +409,7 @@ def _prepare_first_step(world: World, terms: Terms, loaded: Loaded | None, chain
     keep = before if loaded is not None and not _starts_elsewhere(loaded.generation, terms.settings) else None
     state = world.maker.create().state()
     provenance = Provenance(
-        lineage=before.lineage if before else world.new_id(),
+        lineage=chain.lineage or (before.lineage if before else world.new_id()),
         incarnation="",
         positions=keep.positions if keep else tuple(world.source.resolve_start(terms.start)),
         topic_ids=keep.topic_ids if keep else dict(world.source.topic_ids()),
@@ -402,6 +417,8 @@ def _prepare_first_step(world: World, terms: Terms, loaded: Loaded | None, chain
         settings=terms.settings,
         fingerprint=terms.fingerprint,
         created_ms=int(world.wall_s() * 1000),
+        revision=chain.revision,
+        excluded=chain.excluded or (),
     )
     return Loaded(world.store.write(state, provenance).generation, state)
 
@@ -412,21 +429,13 @@ def _steps_to_replay(chain: Chain, generation: Generation, settings: Settings) -
 
     Others can be taken over only from a clean stop, where nothing is left to replay.
     """
-    pending = list(chain.after(generation.step))
+    pending = chain.to_replay(generation.step)
     made = generation.provenance
     if pending and pending[0].number != generation.step + 1:
         raise ProgressError(
             f"the progress topic goes on with step {pending[0].number}, but the checkpoint is of step {generation.step}"
         )
-    at = {(p.topic, p.partition): p.next_offset for p in made.positions}
-    for step in pending:
-        for r in step.cut:
-            if at.get((r.topic, r.partition)) != r.start:
-                raise ProgressError(
-                    f"step {step.number} reads {r.topic}-{r.partition} from offset {r.start}, but the state stands at "
-                    f"{at.get((r.topic, r.partition))}"
-                )
-            at[r.topic, r.partition] = r.end
+    _check_positions(chain, generation)
     for ident in dict.fromkeys(step.incarnation for step in pending):
         maker = chain.incarnation(ident)
         learning = maker.learning if maker else made.settings.learning
@@ -438,6 +447,28 @@ def _steps_to_replay(chain: Chain, generation: Generation, settings: Settings) -
                 f"{told}; start once with these, stop with SIGTERM, and change them then"
             )
     return pending
+
+
+def _check_positions(chain: Chain, generation: Generation) -> None:
+    """Every step reads on where the state, or the step before it, stands."""
+    at = {(p.topic, p.partition): p.next_offset for p in generation.provenance.positions}
+    gaps = iter(chain.gaps)
+    gap = next(gaps, None)
+    for step in chain.after(generation.step):
+        while gap is not None and gap.after < step.number:
+            at |= {
+                (r.topic, r.partition): max(r.end, at.get((r.topic, r.partition), 0))
+                for r in gap.ranges
+                if gap.after >= generation.step
+            }
+            gap = next(gaps, None)
+        for r in step.cut:
+            if at.get((r.topic, r.partition)) != r.start:
+                raise ProgressError(
+                    f"step {step.number} reads {r.topic}-{r.partition} from offset {r.start}, but the state stands at "
+                    f"{at.get((r.topic, r.partition))}"
+                )
+            at[r.topic, r.partition] = r.end
 
 
 def _restore(maker: EngineMaker, loaded: Loaded, settings: Settings) -> Steppable:
@@ -475,7 +506,8 @@ def _write_incarnation(
     value = encode_record(
         Incarnation(
             prev=chain.tip.digest if chain.tip else "",
-            lineage=made.lineage,
+            lineage=chain.lineage or made.lineage,
+            revision=max(chain.revision, made.revision),
             name=terms.settings.name,
             id=ident,
             after=chain.last_step,
@@ -494,13 +526,22 @@ def _write_incarnation(
     return Link(offset, digest_record(value))
 
 
-def _replay(world: World, engine: Steppable, step: RecordedStep, timeout_s: float, *, compare: bool) -> int:
+def _replay(
+    world: World,
+    engine: Steppable,
+    step: RecordedStep,
+    excluded: Sequence[Range],
+    timeout_s: float,
+    *,
+    compare: bool,
+) -> int:
     """Compute one recorded step again; the number of messages it held."""
     messages = world.source.read(step.cut, timeout_s)
-    report = engine.step(world.decode(messages))
+    used, _ = drop_excluded(messages, excluded)
+    report = engine.step(world.decode(used))
     if report.step != step.number:
         raise ProgressError(f"replaying step {step.number}, the engine counts {report.step}")
-    if compare and report.digest().hex() != step.digest:
+    if compare and step.digest is not None and report.digest().hex() != step.digest:
         raise ProgressError(
             f"step {step.number} gives another output now than was committed, on the same machine and libraries: its "
             "input has changed (compacted or re-created topic), or a computation is not deterministic"

@@ -18,6 +18,7 @@ from streamlstm.records.batch import Cut, Messages
 from streamlstm.records.decode import refuse_rejected
 from streamlstm.recovery.background import BackgroundWriter, Failed, Kept, Outcome
 from streamlstm.recovery.checkpoint import Refused
+from streamlstm.recovery.exclusions import drop_excluded
 from streamlstm.recovery.generations import Provenance
 from streamlstm.recovery.progress import Link, digest_record, encode_record, positions_after, record_steps
 from streamlstm.recovery.resume import Ready, Terms, World, judge_fenced
@@ -93,11 +94,15 @@ class _Transaction:
     reports: list[StepReport] = field(default_factory=list[StepReport])
     forecasts: list[OutMessage] = field(default_factory=list[OutMessage])
     dead_letters: list[OutMessage] = field(default_factory=list[OutMessage])
+    excluded: int = 0
     ranges: int = 0
     bytes: int = 0
 
-    def add(self, report: StepReport, forecasts: Sequence[OutMessage], dead_letters: Sequence[OutMessage]) -> None:
+    def add(
+        self, report: StepReport, forecasts: Sequence[OutMessage], dead_letters: Sequence[OutMessage], excluded: int
+    ) -> None:
         self.reports.append(report)
+        self.excluded += excluded
         self.forecasts += forecasts
         self.dead_letters += dead_letters
         self.ranges += len(report.batch.cut)
@@ -184,6 +189,7 @@ class Daemon:
         self._now_s = world.monotonic_s
         self._engine, self._source = ready.engine, world.source
         self._lineage, self._incarnation = ready.lineage, ready.incarnation
+        self._revision, self._excluded = ready.revision, ready.excluded
         self._topic_ids = ready.generation.provenance.topic_ids
         self._tip: Link = ready.tip
         self._positions = ready.positions
@@ -251,8 +257,9 @@ class Daemon:
         return messages
 
     def _step(self, messages: Messages, began_s: float) -> None:
-        """Compute one cut, and put what it gave into the transaction."""
+        """Compute one cut, and put what it gave into the transaction. What is excluded nobody looks into."""
         polled_s = self._now_s()
+        messages, excluded = drop_excluded(messages, self._excluded)
         batch = self._world.decode(messages)
         if self._pace.fail_on_rejected:
             refuse_rejected(batch)
@@ -262,8 +269,8 @@ class Daemon:
         dead_letters = self._encode.encode_dead_letters(report, messages) if report.rejected else ()
         if not self._open.reports:
             self._open.opened_s = stepped_s
-        self._open.add(report, self._encode.encode_forecasts(report), dead_letters)
-        self._schedule.consumed(len(batch) + len(batch.rejected))
+        self._open.add(report, self._encode.encode_forecasts(report), dead_letters, excluded)
+        self._schedule.consumed(len(batch) + len(batch.rejected) + excluded)
         timings = StepTimings(polled_s - began_s, decoded_s - polled_s, stepped_s - decoded_s)
         self._observer.observe_step(report, timings, _bytes_by_topic(messages))
 
@@ -286,6 +293,7 @@ class Daemon:
             self._incarnation,
             done.reports[0].step,
             [(report.batch.cut, report.digest()) for report in done.reports],
+            self._revision,
         )
         value = encode_record(record)
         began_s = self._now_s()
@@ -308,6 +316,7 @@ class Daemon:
                 duration_s=self._now_s() - began_s,
                 published_at_s=self._world.wall_s(),
                 positions=self._positions,
+                excluded=done.excluded,
             )
         )
         self._source.commit_group_offsets(self._positions)
@@ -330,6 +339,8 @@ class Daemon:
             settings=self._terms.settings,
             fingerprint=self._terms.fingerprint,
             created_ms=int(self._world.wall_s() * 1000),
+            revision=self._revision,
+            excluded=self._excluded,
         )
         self._schedule.tried(self._now_s())
         self._writer.submit(state, provenance)

@@ -58,10 +58,12 @@ class ForecastEncoder:
     backfill as they are written, and it refuses what lies ahead of its clock. The event time is the ``cutoff``.
 
     :param config_hash: hex digest of the configuration; its first 8 digits go into every forecast.
+    :param revision: how often the deployment went back, or began anew: of two forecasts with the same coordinates the
+        higher one counts.
     """
 
-    def __init__(self, config_hash: str, horizons: int, version: str = __version__) -> None:
-        model = f'"version":{_json(version).decode()},"config":"{config_hash[:8]}"'
+    def __init__(self, config_hash: str, horizons: int, revision: int = 0, version: str = __version__) -> None:
+        model = f'"version":{_json(version).decode()},"config":"{config_hash[:8]}","revision":{revision}'
         self._head = b'{"schema":1,"series_id":%b,"cutoff":"%bZ","y":%b,"status":"%b","forecasts":['
         self._tail = (
             b'],"model":{' + model.replace("%", "%%").encode() + b',"update":%d},"source":{%b,"offset":%d,"row":%d}}'

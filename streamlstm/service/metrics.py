@@ -251,6 +251,7 @@ class Metrics:
         of["step_duration_seconds"].labels("publish").observe(committed.duration_s)
         for bucket in self._buckets:
             of["forecasts_total"].labels(bucket.label).inc(committed.forecasts * (bucket.last - bucket.first + 1))
+        of["records_total"].labels(Outcome.SKIPPED.name.lower()).inc(committed.excluded)
         oldest_ns = math.inf
         for report in committed.reports:
             for outcome, count in report.counts().items():

@@ -50,7 +50,8 @@ class Committed:
     """
     One transaction: the reports of its steps, in order, and what became visible with them.
 
-    ``positions`` are those after the transaction. ``published_at_s`` is when it was over.
+    ``positions`` are those after the transaction. ``published_at_s`` is when it was over. ``excluded`` messages lay in
+    ranges that are passed over, and are in no report.
     """
 
     reports: Sequence[StepReport]
@@ -60,6 +61,7 @@ class Committed:
     duration_s: float
     published_at_s: float
     positions: Sequence[Position]
+    excluded: int = 0
 
 
 @dataclass(frozen=True, slots=True)

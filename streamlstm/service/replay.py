@@ -16,6 +16,7 @@ import numpy as np
 
 from streamlstm.engine.report import Outcome, StepReport
 from streamlstm.records.batch import Cut, Headers, Messages, Range, RecordBatch, Rejected, SeriesId
+from streamlstm.recovery.exclusions import drop_excluded
 from streamlstm.service.scores import StreamScores
 from streamlstm.transport.interfaces import Position
 
@@ -121,10 +122,13 @@ def feed_source(
         yield Fed(messages)
 
 
-def feed_recorded(steps: Iterable[tuple[Cut, str]], source: ReadsCuts, timeout_s: float) -> Generator[Fed, None, None]:
-    """The recorded cuts, each with its digest."""
+def feed_recorded(
+    steps: Iterable[tuple[Cut, str | None]], source: ReadsCuts, timeout_s: float, excluded: Sequence[Range] = ()
+) -> Generator[Fed, None, None]:
+    """The recorded cuts without the excluded ranges, each with its digest, if it still says something."""
     for cut, digest in steps:
-        yield Fed(source.read(cut, timeout_s), digest)
+        messages, _ = drop_excluded(source.read(cut, timeout_s), excluded)
+        yield Fed(messages, digest)
 
 
 def feed_merged(

@@ -98,6 +98,7 @@ class Status:
     def observe_commit(self, committed: Committed) -> None:
         """See :meth:`~streamlstm.service.observer.Observer.observe_commit`."""
         with self._lock:
+            self._records[Outcome.SKIPPED] += committed.excluded
             for report in committed.reports:
                 self._step = report.step
                 for outcome, count in report.counts().items():

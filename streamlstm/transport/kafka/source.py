@@ -382,7 +382,9 @@ def _messages(pieces: Sequence[tuple[Range, list[Any]]]) -> Messages:
     timestamps_ms = np.fromiter((-1 if r.timestamp is None else r.timestamp for r in records), np.int64, len(records))
     return Messages(
         cut=tuple(range_ for range_, _ in pieces),
-        range_index=np.repeat(np.arange(len(pieces), dtype=np.int32), [len(taken) for _, taken in pieces]),
+        range_index=np.repeat(
+            np.arange(len(pieces), dtype=np.int32), np.array([len(taken) for _, taken in pieces], np.int64)
+        ),
         offset=np.fromiter((r.offset for r in records), np.int64, len(records)),
         broker_ns=np.where(timestamps_ms < 0, -1, timestamps_ms * 1_000_000),
         key=[r.key for r in records],

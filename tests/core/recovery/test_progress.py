@@ -5,6 +5,8 @@ from hypothesis import strategies as st
 from streamlstm.errors import ProgressError
 from streamlstm.records.batch import Range
 from streamlstm.recovery.progress import (
+    Branch,
+    Gap,
     Incarnation,
     Link,
     Origin,
@@ -13,7 +15,7 @@ from streamlstm.recovery.progress import (
     read_chain,
     record_steps,
 )
-from streamlstm.transport.interfaces import ProgressEntry
+from streamlstm.transport.interfaces import Position, ProgressEntry
 
 
 class Writer:
@@ -52,8 +54,8 @@ class Writer:
         self.at[partition] += size
         return (Range("in", partition, start, start + size),)
 
-    def steps(self, ident: str, *cuts: tuple[Range, ...], lineage: str = "L") -> None:
-        record = record_steps(self.tip, lineage, ident, self.step + 1, [(cut, bytes(32)) for cut in cuts])
+    def steps(self, ident: str, *cuts: tuple[Range, ...], lineage: str = "L", revision: int = 0) -> None:
+        record = record_steps(self.tip, lineage, ident, self.step + 1, [(cut, bytes(32)) for cut in cuts], revision)
         self.step += len(cuts)
         self.put(encode_record(record))
 
@@ -193,3 +195,146 @@ def test_a_record_names_each_topic_once():
 
     assert value.count(b'"in"') == 1
     assert len(value) < 100 * len(cuts)
+
+
+def branch(written: Writer, after: int, positions: tuple[int, int], **changes) -> None:
+    facts = {
+        "prev": written.tip.digest if written.tip else "",
+        "lineage": "M",
+        "revision": 1,
+        "name": "n",
+        "after": after,
+        "generation": "gen",
+        "positions": tuple(("in", p, at) for p, at in enumerate(positions)),
+        "topic_ids": {"in": "id"},
+        "excluded": (),
+    }
+    written.put(encode_record(Branch(**{**facts, **changes})))
+    written.step, written.at = after, list(positions)
+
+
+def test_after_a_branch_the_chain_goes_on_from_an_older_step(written):
+    left = written.tip
+    branch(written, 2, (3, 2), excluded=(Range("in", 1, 3, 5),))
+    written.incarnation("c", lineage="M", revision=1)
+    written.steps("c", written.cut(1, 7), lineage="M", revision=1)
+
+    chain = read_chain(written.entries, "n")
+
+    assert (chain.lineage, chain.revision, chain.excluded) == ("M", 1, (Range("in", 1, 3, 5),))
+    assert [(step.number, step.cut) for step in chain.after(1)] == [
+        (2, (Range("in", 1, 0, 2),)),
+        (3, (Range("in", 1, 2, 9),)),
+    ]
+    assert chain.positions == {("in", 0): 3, ("in", 1): 9}
+    assert chain.ends_at(left) is None, "a state that stands on what was left behind is beyond the chain"
+    assert chain.ends_at(Link(2, digest_record(written.entries[1].value))) == 2
+    assert chain.lineages == {"L", "M"}
+
+
+def test_a_branch_from_a_new_generation_0_begins_the_steps_anew(written):
+    branch(written, 0, (7, 7), generation="new gen0")
+
+    chain = read_chain(written.entries, "n")
+
+    assert chain.last_step == 0
+    assert not chain.steps
+    assert chain.zeros == {"new gen0"}
+    assert chain.origin is not None
+    assert chain.origin.positions == (("in", 0, 7), ("in", 1, 7))
+
+
+@pytest.mark.parametrize(
+    "changes", [{"after": 5}, {"revision": 2}, {"revision": 0}, {"lineage": "L"}, {"name": "other"}, {"prev": "x"}]
+)
+def test_a_branch_that_does_not_follow_is_refused(written, changes):
+    branch(written, **{"after": 2, **{k: v for k, v in changes.items() if k == "after"}}, positions=(3, 2),
+           **{k: v for k, v in changes.items() if k != "after"})  # fmt: skip
+
+    with pytest.raises(ProgressError):
+        read_chain(written.entries, "n")
+
+
+@pytest.mark.parametrize("lineage", ["L", "M"])
+def test_after_a_branch_nobody_writes_before_an_incarnation(written, lineage):
+    branch(written, 2, (3, 2))
+    written.steps("b", written.cut(0, 1), lineage=lineage, revision=int(lineage == "M"))
+
+    with pytest.raises(ProgressError, match="superseded" if lineage == "M" else "another run"):
+        read_chain(written.entries, "n")
+
+
+def test_the_revision_is_known_though_the_branch_was_trimmed(written):
+    branch(written, 2, (3, 2))
+    written.incarnation("c", lineage="M", revision=1)
+    written.steps("c", written.cut(1, 7), lineage="M", revision=1)
+
+    chain = read_chain(written.entries[-1:], "n")
+
+    assert (chain.lineage, chain.revision, chain.excluded) == ("M", 1, None)
+
+
+def gap(written: Writer, checkpoint: int, *ranges: Range, **changes) -> None:
+    facts = {
+        "prev": written.tip.digest if written.tip else "",
+        "lineage": "L",
+        "revision": 0,
+        "incarnation": "b",
+        "after": written.step,
+        "checkpoint": checkpoint,
+        "ranges": ranges,
+    }
+    written.put(encode_record(Gap(**{**facts, **changes})))
+    for r in ranges:
+        written.at[r.partition] = max(written.at[r.partition], r.end)
+
+
+def test_a_gap_is_passed_over_in_the_steps_before_it_and_by_those_after_it(written):
+    gap(written, 2, Range("in", 1, 2, 4), Range("in", 0, 3, 9))
+    written.steps("b", written.cut(0, 2), written.cut(1, 1))
+
+    chain = read_chain(written.entries, "n")
+
+    again = chain.to_replay(2)
+    assert [(step.cut, step.digest is None) for step in again] == [
+        ((Range("in", 1, 4, 6),), True),
+        ((), True),
+        ((Range("in", 0, 9, 11),), False),
+        ((Range("in", 1, 6, 7),), False),
+    ]
+    assert chain.positions_after([Position("in", 0, 3), Position("in", 1, 2)], 2) == (
+        Position("in", 0, 11),
+        Position("in", 1, 7),
+    )
+    assert [step.digest is None for step in chain.to_replay(0)] == [False, False, True, True, False, False]
+
+
+def test_a_state_computed_with_what_was_passed_over_is_beyond_the_chain(written):
+    gap(written, 2, Range("in", 1, 2, 4))
+    chain = read_chain(written.entries, "n")
+
+    assert chain.ends_at(Link(6, digest_record(written.entries[3].value))) is None
+    assert written.tip is not None
+    assert chain.ends_at(written.tip) == 4
+    assert chain.ends_at(Link(2, digest_record(written.entries[1].value))) == 2
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "ranged", "changes"),
+    [
+        (5, Range("in", 0, 4, 6), {}),
+        (2, Range("in", 0, 5, 6), {}),
+        (2, Range("in", 0, 4, 4), {}),
+        (2, Range("in", 7, 4, 5), {}),
+        (2, Range("in", 0, 4, 6), {"after": 3}),
+        (2, Range("in", 0, 4, 6), {"incarnation": "a"}),
+    ],
+)
+def test_a_gap_that_does_not_follow_is_refused(written, checkpoint, ranged, changes):
+    assert written.step == 4
+    assert written.at == [4, 6]
+    written.at += [0] * 6
+    gap(written, checkpoint, ranged, **changes)
+
+    with pytest.raises(ProgressError):
+        read_chain(written.entries, "n")

@@ -54,7 +54,7 @@ def naive_forecasts(report: StepReport) -> list[dict]:
                     {"horizon": j, "ds": due[j - 1], "yhat": none_if_nan(float(out.yhat_MK[i, j - 1]))}
                     for j in horizons
                 ],
-                "model": {"version": "0.1.0", "config": HASH[:8], "update": int(out.update_M[i])},
+                "model": {"version": "0.1.0", "config": HASH[:8], "revision": 0, "update": int(out.update_M[i])},
                 "source": {
                     "topic": where.topic,
                     "partition": where.partition,
@@ -131,7 +131,7 @@ def test_the_bytes_are_those_of_the_documentation() -> None:
         b'{"schema":1,"series_id":"host-1|cpu","cutoff":"2026-11-19T08:00:00Z","y":41.2,"status":"ready",'
         b'"forecasts":[{"horizon":1,"ds":"2026-11-19T08:00:10Z","yhat":41.5},'
         b'{"horizon":2,"ds":"2026-11-19T08:00:20Z","yhat":null}],'
-        b'"model":{"version":"0.1.0","config":"01234567","update":7},'
+        b'"model":{"version":"0.1.0","config":"01234567","revision":0,"update":7},'
         b'"source":{"topic":"metrics.raw","partition":3,"offset":991,"row":0}}',
         [],
         START_NS // 10**6,

@@ -1,0 +1,115 @@
+"""
+Going back: the chain goes on from an older generation, if wanted without a poisoned range.
+
+Only the branch record decides. Until it is committed nothing is changed; from then on every start finds the generations
+beyond it left behind, and puts them aside as it does any other that the chain does not know.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from streamlstm.errors import CheckpointError, DataError
+from streamlstm.records.batch import Range
+from streamlstm.recovery.checkpoint import CheckpointStore
+from streamlstm.recovery.exclusions import merge_ranges
+from streamlstm.recovery.generations import Generation
+from streamlstm.recovery.progress import Branch, Chain, Link, digest_record, encode_record, read_chain
+from streamlstm.recovery.resume import judge_fenced, why_not_on
+from streamlstm.transport.interfaces import Fenced, Outputs, Position, ProgressLog, Publisher
+
+
+@dataclass(frozen=True, slots=True)
+class Reverted:
+    """The branch that was committed, and the last step before it: those in between count no more."""
+
+    branch: Branch
+    last_step: int
+
+
+def revert(
+    store: CheckpointStore,
+    publisher: Publisher,
+    progress: ProgressLog,
+    name: str,
+    step: int,
+    exclude: Sequence[Range],
+    new_id: Callable[[], str],
+) -> Reverted:
+    """
+    Have the chain of the deployment ``name`` go on from the generation of ``step``, without the ranges of ``exclude``.
+
+    1. Lock the state directory. 2. Check every byte of the generation. 3. Take over the transactional id. 4. Read the
+    chain to its end. 5. Check that it goes on from the generation, and the ranges. 6. Commit the branch.
+
+    Raises :class:`~streamlstm.errors.DataError` for a range that the generation has learnt from or that is of no
+    partition it knows, and what :func:`~streamlstm.recovery.resume.resume` does for a chain or a store that cannot be
+    used. The caller closes the store.
+    """
+    store.open()  # 1
+    generation = store.verify(step)  # 2
+    publisher.begin_session()  # 3
+    chain = read_chain(progress.read(), name)  # 4
+    if chain.tip is None:
+        raise DataError(f"the progress topic of {name!r} is empty: there is nothing to go back from")
+    reason = why_not_on(chain, generation)  # 5
+    if reason is not None:
+        raise CheckpointError(f"the chain cannot go back to the checkpoint of step {step}: {reason}")
+    check_excluded(exclude, generation.provenance.positions, step)
+    known = generation.provenance.excluded if chain.excluded is None else chain.excluded
+    branch = describe_branch(chain, generation, name, merge_ranges([*known, *exclude]), new_id())
+    commit_branch(publisher, progress, chain, branch)  # 6
+    return Reverted(branch, chain.last_step)
+
+
+def describe_branch(
+    chain: Chain, generation: Generation, name: str, excluded: tuple[Range, ...], lineage: str
+) -> Branch:
+    """The record that has the chain go on from this generation."""
+    made = generation.provenance
+    return Branch(
+        prev=chain.tip.digest if chain.tip else "",
+        lineage=lineage,
+        revision=max(chain.revision, made.revision) + 1,
+        name=name,
+        after=generation.step,
+        generation=generation.digest,
+        positions=tuple((p.topic, p.partition, p.next_offset) for p in made.positions),
+        topic_ids=dict(made.topic_ids),
+        excluded=excluded,
+    )
+
+
+def commit_branch(publisher: Publisher, progress: ProgressLog, chain: Chain, branch: Branch) -> Link:
+    """Commit it, as the chain's newest record. A :class:`Fenced` publisher is judged as everywhere."""
+    value = encode_record(branch)
+    try:
+        offset = publisher.commit(Outputs([], [], value))
+    except Fenced as error:
+        raise judge_fenced(error, progress, chain.tip, "") from error
+    return Link(offset, digest_record(value))
+
+
+def check_excluded(ranges: Sequence[Range], positions: Sequence[Position], step: int) -> None:
+    """
+    Refuse what cannot be excluded from a state at these positions.
+
+    >>> check_excluded([Range("t", 0, 3, 9)], [Position("t", 0, 5)], 7)
+    Traceback (most recent call last):
+    ...
+    streamlstm.errors.DataError: t:0:3-9 cannot be excluded: the checkpoint of step 7 has learnt from t-0 up to 5, ...
+    """
+    at = {(p.topic, p.partition): p.next_offset for p in positions}
+    for r in ranges:
+        told = f"{r.topic}:{r.partition}:{r.start}-{r.end} cannot be excluded"
+        known = at.get((r.topic, r.partition))
+        if known is None:
+            raise DataError(f"{told}: {r.topic}-{r.partition} is not among the input of the checkpoint of step {step}")
+        if r.start < 0 or r.end <= r.start:
+            raise DataError(
+                f"{told}: the range is empty; write topic:partition:from-to, without the offset `to` itself"
+            )
+        if r.start < known:
+            raise DataError(
+                f"{told}: the checkpoint of step {step} has learnt from {r.topic}-{r.partition} up to {known}, so go "
+                "back to an older one"
+            )

@@ -1,0 +1,38 @@
+import numpy as np
+
+from streamlstm.records.batch import Messages, Range
+from streamlstm.recovery.exclusions import drop_excluded
+
+
+def messages() -> Messages:
+    cut = (Range("in", 0, 2, 6), Range("in", 1, 0, 3), Range("in", 0, 6, 8))
+    index = np.array([0, 0, 0, 0, 1, 1, 1, 2, 2], np.int32)
+    offset = np.array([2, 3, 4, 5, 0, 1, 2, 6, 7], np.int64)
+    values = [b"%d" % at for at in range(9)]
+    return Messages(cut, index, offset, offset * 10, list(values), list(values), [[] for _ in values])
+
+
+def test_messages_in_an_excluded_range_are_dropped_and_the_cut_stays():
+    kept, dropped = drop_excluded(messages(), [Range("in", 0, 4, 7)])
+
+    assert dropped == 3
+    assert kept.cut == messages().cut
+    assert kept.value == [b"0", b"1", b"4", b"5", b"6", b"8"]
+    assert kept.offset.tolist() == [2, 3, 0, 1, 2, 7]
+    assert kept.range_index.tolist() == [0, 0, 1, 1, 1, 2]
+    assert kept.broker_ns.tolist() == [20, 30, 0, 10, 20, 70]
+    assert len(kept.key) == len(kept.headers or []) == 6
+
+
+def test_another_partition_or_topic_is_not_touched():
+    same = messages()
+
+    assert drop_excluded(same, [Range("in", 2, 0, 99), Range("out", 0, 0, 99), Range("in", 0, 8, 9)]) == (same, 0)
+
+
+def test_all_of_a_cut_may_be_excluded():
+    kept, dropped = drop_excluded(messages(), [Range("in", 0, 0, 99), Range("in", 1, 0, 99)])
+
+    assert dropped == 9
+    assert len(kept) == len(kept.offset) == 0
+    assert kept.cut == messages().cut
