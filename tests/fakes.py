@@ -237,6 +237,14 @@ class FatedDisk(Disk):
         self.fate.point()
         return super().create(path)
 
+    def reopen(self, path: Path) -> BinaryIO:
+        self.fate.point()
+        return super().reopen(path)
+
+    def truncate(self, file: BinaryIO, size: int) -> None:
+        self.fate.point()
+        super().truncate(file, size)
+
     def write(self, file: BinaryIO, data: bytes | memoryview) -> None:
         self.fate.point()
         half = len(data) // 2
@@ -245,6 +253,9 @@ class FatedDisk(Disk):
         super().write(file, data[half:])
 
     def sync(self, file: BinaryIO) -> None:
+        self.fate.point()
+
+    def sync_data(self, file: BinaryIO) -> None:
         self.fate.point()
 
     def sync_directory(self, path: Path) -> None:

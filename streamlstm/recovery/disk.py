@@ -26,6 +26,16 @@ class Disk:
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
         return os.fdopen(os.open(path, flags, _FILE_MODE), "wb", buffering=0)
 
+    def reopen(self, path: Path) -> BinaryIO:
+        """A file that is there, and no link, open for writing at its beginning."""
+        flags = os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC
+        return os.fdopen(os.open(path, flags), "wb", buffering=0)
+
+    def truncate(self, file: BinaryIO, size: int) -> None:
+        """Cut ``file`` off; it is written from there on."""
+        file.truncate(size)
+        file.seek(size)
+
     def write(self, file: BinaryIO, data: bytes | memoryview) -> None:
         """All of ``data``, or an error."""
         rest = memoryview(data).cast("B")
@@ -35,6 +45,10 @@ class Disk:
     def sync(self, file: BinaryIO) -> None:
         """What was written to ``file`` survives a power cut."""
         os.fsync(file.fileno())
+
+    def sync_data(self, file: BinaryIO) -> None:
+        """As :meth:`sync`, without what only says when the file was changed."""
+        os.fdatasync(file.fileno())
 
     def sync_directory(self, path: Path) -> None:
         """The names in ``path`` survive a power cut."""

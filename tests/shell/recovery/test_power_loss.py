@@ -1,140 +1,20 @@
-"""
-The commit protocol against an adversarial file system: after a power cut any subset of what was not synced may have
-reached the disk, in any order, and a write may be torn. An fsync of a file keeps its bytes, not its name; one of a
-directory keeps its names.
-"""
+"""The commit protocol of checkpoints against an adversarial file system."""
 
 import random
 import shutil
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO
 
 import pytest
 import torch
+from adversary import Adversary, PowerCut, leave, model
 from fakes import fingerprint
 
 from streamlstm.engine.state import EngineState
 from streamlstm.records.batch import SeriesId
 from streamlstm.recovery.checkpoint import open_store
-from streamlstm.recovery.disk import Disk
 from streamlstm.recovery.generations import Provenance, Settings
 
 STATES = 400
-
-
-@dataclass
-class Inode:
-    """What would survive, and what might: bytes of a file, or names in a directory."""
-
-    names: dict[str, "Inode"] | None = None
-    kept: dict[int, bytes] = field(default_factory=dict)
-    pending: list[tuple] = field(default_factory=list)
-    size: int = 0
-
-
-class Adversary(Disk):
-    """
-    Passes everything on to a real directory, and keeps a model of what a power cut may leave.
-
-    ``forget`` names an operation that is a lie: it syncs nothing.
-    """
-
-    def __init__(self, root: Path, root_inode: Inode, cut_after: int | None = None, forget: str = "") -> None:
-        self.root, self.inode = root, root_inode
-        self.inodes: dict[Path, Inode] = {root: root_inode}
-        self.files: dict[int, Inode] = {}
-        self.done = 0
-        self.cut_after, self.forget = cut_after, forget
-
-    def _did(self) -> None:
-        self.done += 1
-        if self.done == self.cut_after:
-            raise PowerCut
-
-    def make_directory(self, path: Path) -> None:
-        super().make_directory(path)
-        inode = Inode(names={})
-        self.inodes[path] = inode
-        self.inodes[path.parent].pending.append(("add", path.name, inode))
-        self._did()
-
-    def create(self, path: Path) -> BinaryIO:
-        file = super().create(path)
-        inode = Inode()
-        self.files[file.fileno()] = inode
-        self.inodes[path.parent].pending.append(("add", path.name, inode))
-        try:
-            self._did()
-        except PowerCut:
-            file.close()
-            raise
-        return file
-
-    def write(self, file: BinaryIO, data: bytes | memoryview) -> None:
-        super().write(file, data)
-        inode = self.files[file.fileno()]
-        inode.pending.append((inode.size, bytes(data)))
-        inode.size += len(data)
-        self._did()
-
-    def sync(self, file: BinaryIO) -> None:
-        inode = self.files[file.fileno()]
-        if self.forget != "sync":
-            inode.kept.update(inode.pending)
-            inode.pending.clear()
-        self._did()
-
-    def sync_directory(self, path: Path) -> None:
-        inode = self.inodes[path]
-        assert inode.names is not None
-        which = "sync_parent" if path == self.root else "sync_directory"
-        if self.forget != which:
-            for operation in inode.pending:
-                apply(inode.names, operation)
-            inode.pending.clear()
-        self._did()
-
-    def rename(self, old: Path, new: Path) -> None:
-        super().rename(old, new)
-        inode = self.inodes.pop(old)
-        self.inodes[new] = inode
-        self.inodes[old.parent].pending.append(("move", old.name, new.name, inode))
-        self._did()
-
-
-class PowerCut(BaseException):
-    pass
-
-
-def apply(names: dict[str, Inode], operation: tuple) -> None:
-    if operation[0] == "add":
-        names[operation[1]] = operation[2]
-    else:
-        names.pop(operation[1], None)
-        names[operation[2]] = operation[3]
-
-
-def leave(inode: Inode, path: Path, rng: random.Random) -> None:
-    """Put on a real disk one of the things that may be there after the power came back."""
-    if inode.names is None:
-        held = dict(inode.kept)
-        for at, data in inode.pending:
-            if rng.random() < 0.5:
-                held[at] = data[: rng.randrange(len(data) + 1)] if rng.random() < 0.5 else data
-        path.write_bytes(b"")
-        with path.open("r+b") as file:
-            for at, data in sorted(held.items()):
-                file.seek(at)
-                file.write(data)
-        return
-    path.mkdir(mode=0o700, exist_ok=True)
-    names = dict(inode.names)
-    for operation in inode.pending:
-        if rng.random() < 0.5:
-            apply(names, operation)
-    for name, child in names.items():
-        leave(child, path / name, rng)
 
 
 def state(step: int) -> EngineState:
@@ -145,13 +25,6 @@ def state(step: int) -> EngineState:
 
 def provenance() -> Provenance:
     return Provenance("L", "i", (), {}, None, Settings("n", "h", {}, {}), fingerprint(), 0)
-
-
-def model(path: Path) -> Inode:
-    """A directory that is safely on the disk."""
-    if path.is_dir():
-        return Inode(names={child.name: model(child) for child in path.iterdir()})
-    return Inode(kept={0: path.read_bytes()})
 
 
 def explore(tmp_path: Path, forget: str, states: int) -> tuple[int, int, int]:
