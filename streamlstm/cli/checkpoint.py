@@ -1,21 +1,38 @@
-"""``streamlstm checkpoint``: what is stored."""
+"""
+``streamlstm checkpoint``: what is stored, whether it is whole, and going back.
 
-import json
-from typing import TYPE_CHECKING, Any
+What the commands do stands in :mod:`streamlstm.cli.stored`, which loads torch, and a help text need not wait for that.
+"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from streamlstm.cli.groups import Group
-from streamlstm.cli.options import examples, suggest, with_loaded
+from streamlstm.cli.options import examples, with_loaded
 
 if TYPE_CHECKING:
     from streamlstm.config.load import Loaded
-    from streamlstm.recovery.checkpoint import CheckpointStore
+
+_json = click.option("--json", "as_json", is_flag=True, help="JSON instead of a table.")
+_dry_run = click.option("--dry-run", is_flag=True, help="Only say what would be done.")
 
 
-@click.group(cls=Group, epilog=examples("streamlstm checkpoint list -c forecasts.yaml"))
+@click.group(
+    cls=Group,
+    epilog=examples(
+        "streamlstm checkpoint list -c forecasts.yaml",
+        "streamlstm checkpoint show latest -c forecasts.yaml",
+        "streamlstm checkpoint restore 1200 -c forecasts.yaml --dry-run",
+    ),
+)
 def checkpoint() -> None:
-    """What is stored."""
+    """
+    What is stored, and going back.
+
+    An ID is a step number, or `latest`: the newest that is there.
+    """
 
 
 @checkpoint.command(
@@ -26,67 +43,127 @@ def checkpoint() -> None:
     ),
 )
 @with_loaded
-@click.option("--json", "as_json", is_flag=True, help="JSON instead of a table.")
+@_json
 def list_(loaded: "Loaded", *, as_json: bool) -> None:
     """
     List the checkpoints, oldest first, and check every byte of each.
 
-    Reads only; a running service is not disturbed. Those that were put aside as bad are listed by name.
+    The one that the next start takes is marked. Those that were put aside come last, by the name that `restore` knows
+    them by. Reads only; a running service is not disturbed.
     """
-    # Imported here, because a help text need not wait for torch.
-    from streamlstm.recovery.checkpoint import open_store  # noqa: PLC0415, because of the line above
+    from streamlstm.cli import stored  # noqa: PLC0415, because of what this module says first
 
-    store = open_store(loaded.config.checkpoint.url)
-    rows = [row for step in store.steps() if (row := _describe(store, step)) is not None]
-    aside = store.bad()
-    if as_json:
-        click.echo(json.dumps({"directory": store.name, "checkpoints": rows, "put_aside": aside}, indent=2))
-        return
-    if not rows:
-        click.echo(f"no checkpoint in {store.name}")
-    else:
-        _print(rows)
-    for name in aside:
-        click.echo(f"put aside as bad: {name}", err=True)
-    if rows:
-        suggest(f"streamlstm run -c {loaded.file}")
+    stored.list_all(loaded, as_json=as_json)
 
 
-def _describe(store: "CheckpointStore", step: int) -> dict[str, Any] | None:
-    """One checkpoint as JSON values; ``None`` for one that was pruned while we looked."""
-    from datetime import UTC, datetime  # noqa: PLC0415, because a help text need not wait for it
+@checkpoint.command(
+    epilog=examples(
+        "streamlstm checkpoint show latest -c forecasts.yaml",
+        "streamlstm checkpoint show 1200 -c forecasts.yaml --json | jq .config.differs",
+    )
+)
+@click.argument("ident", metavar="ID")
+@with_loaded
+@_json
+def show(loaded: "Loaded", ident: str, *, as_json: bool) -> None:
+    """
+    Show everything that a checkpoint says of itself.
 
-    from streamlstm.errors import CheckpointError  # noqa: PLC0415, because a help text need not wait for it
+    When and by whom it was made and where it stands; how its configuration and machine differ from what is here and
+    now; what is in it. Its bytes are checked first. Reads only; a running service is not disturbed.
+    """
+    from streamlstm.cli import stored  # noqa: PLC0415, because of what this module says first
 
-    try:
-        found = store.verify(step)
-    except (CheckpointError, OSError) as error:
-        return {"step": step, "valid": False, "reason": str(error)} if step in store.steps() else None
-    made = found.provenance
-    return {
-        "step": step,
-        "valid": True,
-        "time": datetime.fromtimestamp(made.created_ms / 1000, UTC)
-        .isoformat(timespec="seconds")
-        .replace("+00:00", "Z"),
-        "bytes": found.bytes,
-        "series": found.series,
-        "config": made.settings.hash[:8],
-        "positions": [p._asdict() for p in made.positions],
-    }
+    stored.show(loaded, ident, as_json=as_json)
 
 
-def _print(rows: list[dict[str, Any]]) -> None:
-    from rich.console import Console  # noqa: PLC0415, because a help text need not wait for it
-    from rich.table import Table  # noqa: PLC0415, because a help text need not wait for it
+@checkpoint.command(
+    epilog=examples(
+        "streamlstm checkpoint verify -c forecasts.yaml",
+        "streamlstm checkpoint verify latest -c forecasts.yaml --json",
+    )
+)
+@click.argument("ident", metavar="[ID]", required=False)
+@with_loaded
+@_json
+def verify(loaded: "Loaded", ident: str | None, *, as_json: bool) -> None:
+    """
+    Check one checkpoint, or all: every byte, and that it can be read as a state.
 
-    table = Table(box=None, pad_edge=False)
-    for name in ("step", "time", "bytes", "series", "valid", "positions"):
-        table.add_column(name, justify="right" if name in ("step", "bytes", "series") else "left")
-    for row in rows:
-        if row["valid"]:
-            where = " ".join(f"{p['topic']}-{p['partition']}@{p['next_offset']}" for p in row["positions"])
-            table.add_row(str(row["step"]), row["time"], f"{row['bytes']:,}", f"{row['series']:,}", "yes", where)
-        else:
-            table.add_row(str(row["step"]), "", "", "", f"no: {row['reason']}", "")
-    Console(soft_wrap=True).print(table)
+    Exit 65 when one is bad, with the file at fault. Changes nothing: a start puts a bad one aside, not this. Those that
+    were put aside before are not checked again. A running service is not disturbed.
+    """
+    from streamlstm.cli import stored  # noqa: PLC0415, because of what this module says first
+
+    stored.verify(loaded, ident, as_json=as_json)
+
+
+@checkpoint.command(
+    epilog=examples(
+        "streamlstm checkpoint diff 1200 latest -c forecasts.yaml",
+        "streamlstm checkpoint diff 1200 latest -c forecasts.yaml --json | jq .series.columns",
+    )
+)
+@click.argument("a", metavar="A")
+@click.argument("b", metavar="B")
+@with_loaded
+@_json
+def diff(loaded: "Loaded", a: str, b: str, *, as_json: bool) -> None:
+    """
+    Say how two checkpoints differ, to the bit.
+
+    A and B are IDs, or paths of archives or of directories that hold one checkpoint. Says where they stand, what
+    learning and series differ in, and plainly whether the two states are the same bits. Reads only.
+    """
+    from streamlstm.cli import stored  # noqa: PLC0415, because of what this module says first
+
+    stored.diff(loaded, a, b, as_json=as_json)
+
+
+@checkpoint.command(
+    epilog=examples(
+        "streamlstm checkpoint restore 1200 -c forecasts.yaml --dry-run",
+        "streamlstm checkpoint restore 1200 -c forecasts.yaml",
+        "streamlstm checkpoint restore 00000000000000001200.bad-1 -c forecasts.yaml",
+        "streamlstm checkpoint restore /backup/forecasts-1200.tar -c forecasts.yaml",
+    )
+)
+@click.argument("what", metavar="ID|NAME|PATH")
+@with_loaded
+@_dry_run
+@_json
+def restore(loaded: "Loaded", what: str, *, dry_run: bool, as_json: bool) -> None:
+    """
+    Let the next start take this checkpoint.
+
+    Newer ones are put aside, not deleted. The next start computes the recorded steps after it once more: the same
+    bits, and nothing is published again. To go back and learn otherwise, see `revert`.
+
+    NAME is one that was put aside (see `list`); PATH an archive that `export` wrote, or a copied directory. Both are
+    refused if they are damaged, or of another deployment or run. Exit 75 while the service runs.
+    """
+    from streamlstm.cli import stored  # noqa: PLC0415, because of what this module says first
+
+    stored.restore(loaded, what, dry_run=dry_run, as_json=as_json)
+
+
+@checkpoint.command(
+    epilog=examples(
+        "streamlstm checkpoint export latest -c forecasts.yaml --out /backup/forecasts.tar",
+        "streamlstm checkpoint export 1200 -c forecasts.yaml --out forecasts-1200.tar",
+    )
+)
+@click.argument("ident", metavar="ID")
+@with_loaded
+@click.option(
+    "--out", required=True, type=click.Path(dir_okay=False, path_type=Path), help="The file; it must not exist."
+)
+def export(loaded: "Loaded", ident: str, *, out: Path) -> None:
+    """
+    Write one checkpoint as an uncompressed tar, which `restore` takes.
+
+    It appears only once it is whole and was read back. A running service is not disturbed.
+    """
+    from streamlstm.cli import stored  # noqa: PLC0415, because of what this module says first
+
+    stored.export(loaded, ident, out)

@@ -22,20 +22,24 @@ from streamlstm.recovery.disk import Disk
 from streamlstm.recovery.generations import (
     LAYOUT,
     Beside,
+    Files,
     Generation,
+    Header,
     Layout,
     Listed,
     Loaded,
     NewerSchema,
     Provenance,
+    copy_file,
     digest_manifest,
     files_of,
     load_generation,
     read_header,
+    reseal,
     seal,
     verify_generation,
 )
-from streamlstm.recovery.place import Attempt, Draft, Place, name_of
+from streamlstm.recovery.place import Attempt, Draft, Place, name_of, step_of_bad
 from streamlstm.recovery.progress import Link
 from streamlstm.recovery.snapshot import Sink
 
@@ -123,6 +127,18 @@ class CheckpointStore:
         """
         return verify_generation(self._place.files(step), step, self._layout)
 
+    def files(self, step: int) -> Files:
+        """The files of a generation, as they are."""
+        return self._place.files(step)
+
+    def header(self, step: int) -> Header:
+        """What a generation says of itself, by its two JSON files alone. Raises like :meth:`verify`."""
+        return read_header(self._place.files(step), step, self._layout)
+
+    def verify_bad(self, name: str) -> Generation:
+        """Check every byte of one that was put aside under this name: it may be whole. Raises like :meth:`verify`."""
+        return verify_generation(self._place.files_of_bad(name), step_of_bad(name), self._layout)
+
     def load(self, step: int) -> Loaded:
         """Check a generation and read it. Raises :class:`~streamlstm.errors.CheckpointError`."""
         return load_generation(self._place.files(step), step, self._layout)
@@ -163,6 +179,44 @@ class CheckpointStore:
             raise CheckpointNotWritten(
                 f"the checkpoint of step {step} in {self.name} is bad and cannot be put aside: {error}"
             ) from error
+
+    def bring_back(self, name: str) -> Generation:
+        """
+        Give one that was put aside its place again, once every byte of it was checked. The place must be free.
+
+        Raises :class:`~streamlstm.errors.CheckpointError` when it is bad.
+        """
+        generation = self.verify_bad(name)
+        try:
+            self._place.bring_back(name)
+        except OSError as error:
+            raise CheckpointNotWritten(f"{name} in {self.name} cannot be brought back: {error}") from error
+        return generation
+
+    def take_in(self, files: Files, step: int) -> Generation:
+        """
+        Make a generation that was made elsewhere durable here, in place of one of the same step.
+
+        Every byte is checked before it counts. Raises :class:`~streamlstm.errors.CheckpointError` when one is not as
+        the manifest says, else like :meth:`write`; neither leaves anything behind.
+        """
+        header = read_header(files, step, self._layout)
+        attempt = self._place.begin(step)
+        try:
+            for name, expected in sorted(header.manifest.files.items()):
+                with files.open(header.manifest.attempt, name) as file, attempt.create(name) as draft:
+                    copy_file(name, file, expected, draft.write)
+                    draft.sync()
+            attempt.commit(reseal(header.sealed, attempt.ident))
+        except CheckpointError:
+            attempt.discard()
+            raise
+        except OSError as error:
+            attempt.discard()
+            raise CheckpointNotWritten(
+                f"the checkpoint of step {step} could not be written to {self.name}: {error.strerror or error}"
+            ) from error
+        return header.generation
 
     def write(self, state: EngineState, provenance: Provenance, beside: Beside | None = None) -> Written:
         """

@@ -21,7 +21,7 @@ from typing import BinaryIO
 from streamlstm.errors import CheckpointError, Temporary
 from streamlstm.recovery.disk import Disk
 from streamlstm.recovery.generations import MANIFEST
-from streamlstm.recovery.place import name_of
+from streamlstm.recovery.place import name_of, step_of_bad
 
 _LOCK = "lock"
 _GENERATION = re.compile(r"\d{20}")
@@ -97,6 +97,15 @@ class Directory:
         self._disk.rename(self.directory / name_of(step), self.directory / name)
         self._disk.sync_directory(self.directory)
         return name
+
+    def files_of_bad(self, name: str) -> "DirectoryFiles":
+        """See :class:`~streamlstm.recovery.place.Place`."""
+        return DirectoryFiles(self.directory / name)
+
+    def bring_back(self, name: str) -> None:
+        """Rename it."""
+        self._disk.rename(self.directory / name, self.directory / name_of(step_of_bad(name)))
+        self._disk.sync_directory(self.directory)
 
     def remove(self, name: str) -> None:
         """See :class:`~streamlstm.recovery.place.Place`."""

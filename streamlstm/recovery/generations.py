@@ -289,7 +289,7 @@ def verify_generation(files: Files, step: int, layout: Layout = LAYOUT) -> Gener
         _check_names(files, header.manifest)
         for name, expected in sorted(header.manifest.files.items()):
             with files.open(header.manifest.attempt, name) as file:
-                _check(name, file, expected)
+                copy_file(name, file, expected)
     return header.generation
 
 
@@ -382,9 +382,23 @@ def parse_manifest(data: bytes, layout: Layout = LAYOUT) -> Manifest:
     return _convert(sealed, Manifest, MANIFEST)
 
 
+def reseal(sealed: bytes, attempt: str) -> bytes:
+    """
+    A manifest for the same files in another place.
+
+    >>> made = seal(0, Provenance("L", "", (), {}, None, Settings("n", "h", {}, {}), {}, 0), {}, "0123456789abcdef")
+    >>> digest_manifest(reseal(made, "")) == digest_manifest(made)
+    True
+    """
+    content = {name: value for name, value in json.loads(sealed).items() if name not in ("sha256", "attempt")}
+    if attempt:
+        content["attempt"] = attempt
+    return canonical_json({**content, "sha256": hashlib.sha256(canonical_json(content)).hexdigest()})
+
+
 def digest_manifest(sealed: bytes) -> str:
-    """What a generation is known by: the SHA-256 (hex) of its manifest."""
-    return hashlib.sha256(sealed).hexdigest()
+    """What a generation is known by, wherever it lies: the SHA-256 (hex) of its manifest without ``attempt``."""
+    return hashlib.sha256(reseal(sealed, "")).hexdigest()
 
 
 def _check_names(files: Files, manifest: Manifest) -> None:
@@ -454,12 +468,14 @@ def _well_formed() -> Generator[None]:
         raise CheckpointError(f"it does not have the shape of a checkpoint: {error!r}") from error
 
 
-def _check(name: str, file: Readable, expected: Listed) -> None:
-    """Hash a file without keeping it."""
+def copy_file(name: str, file: Readable, expected: Listed, write: Callable[[bytes], object] | None = None) -> None:
+    """Hash a file, and copy it if there is where to, without keeping it."""
     sha, size = hashlib.sha256(), 0
     while block := file.read(_BLOCK):
         sha.update(block)
         size += len(block)
+        if write is not None:
+            write(block)
     _compare(name, size, sha.hexdigest(), expected)
 
 

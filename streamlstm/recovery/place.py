@@ -88,9 +88,27 @@ class Place(Protocol):
         """Take a bad generation out of :meth:`steps`, into :meth:`bad`; its name there."""
         ...
 
+    def files_of_bad(self, name: str) -> Files:
+        """What one consists of that was put aside under this name."""
+        ...
+
+    def bring_back(self, name: str) -> None:
+        """Undo :meth:`put_aside`. Its step must not be there."""
+        ...
+
     def remove(self, name: str) -> None:
         """Remove a generation, by :func:`name_of`, or one that was put aside. A kill leaves it there, or swept up."""
         ...
+
+
+def step_of_bad(name: str) -> int:
+    """
+    The step of one that was put aside.
+
+    >>> step_of_bad("00000000000000000007.bad-1")
+    7
+    """
+    return int(name.partition(".")[0])
 
 
 def name_of(step: int) -> str:

@@ -50,9 +50,12 @@ def listed(capsys, config: str) -> dict:
 def test_each_checkpoint_is_a_line(capsys, config):
     assert main(["checkpoint", "list", "-c", config]) == 0
     header, first, second = capsys.readouterr().out.splitlines()
-    assert header.split() == ["step", "time", "bytes", "series", "valid", "positions"]
+    columns = ["step", "time", "age", "bytes", "series", "deployment", "run", "state", "positions"]
+    assert header.split() == columns
     assert first.split()[0] == "0"
-    assert [second.split()[i] for i in (0, 1, 3, 4, 5)] == ["7", "2026-11-19T08:00:00Z", "1", "yes", "in-0@70"]
+    assert [second.split()[i] for i in (0, 1, 4, 5, 6, -1)] == ["7", "2026-11-19T08:00:00Z", "1", "n", "L", "in-0@70"]
+    assert "whole, next start" in second
+    assert "next start" not in first
 
 
 def test_json_has_the_positions(capsys, config):
@@ -83,7 +86,22 @@ def test_those_put_aside_are_named(capsys, config, tmp_path):
     store = open_store(tmp_path / "state").open()
     store.put_aside(7)
     store.close()
-    assert listed(capsys, config)["put_aside"] == [f"{7:020d}.bad-1"]
+    (found,) = listed(capsys, config)["put_aside"]
+    assert (found["aside"], found["valid"], found["next"]) == (f"{7:020d}.bad-1", True, False)
+
+
+def test_one_put_aside_says_why_it_is_bad(capsys, config, tmp_path):
+    store = open_store(tmp_path / "state").open()
+    (tmp_path / "state" / f"{7:020d}" / "optim.pt").unlink()
+    store.put_aside(7)
+    store.close()
+    (found,) = listed(capsys, config)["put_aside"]
+    assert found["reason"] == "optim.pt is missing"
+
+
+def test_the_next_start_takes_the_newest_that_is_whole(capsys, config, tmp_path):
+    (tmp_path / "state" / f"{7:020d}" / "optim.pt").unlink()
+    assert [row["next"] for row in listed(capsys, config)["checkpoints"]] == [True, False]
 
 
 def test_where_nothing_is_there_it_says_so(capsys, config, tmp_path):

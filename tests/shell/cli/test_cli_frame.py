@@ -53,7 +53,16 @@ def program(monkeypatch, tmp_path):
     return program
 
 
-@pytest.mark.parametrize("args", [["--help"], ["--version"], ["config", "--help"], ["config", "show", "--help"]])
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["--help"],
+        ["--version"],
+        ["config", "--help"],
+        ["config", "show", "--help"],
+        ["checkpoint", "restore", "--help"],
+    ],
+)
 def test_help_imports_nothing_heavy(args):
     heavy = [
         "torch",
