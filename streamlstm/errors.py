@@ -12,6 +12,7 @@ Every way the program can end, as a tree of exceptions with their exit codes.
     ├── Unavailable           69   broker unreachable
     ├── CheckpointNotWritten  74   a checkpoint cannot be made durable
     ├── Temporary             75   restart me
+    │   └── StartOver              a transaction failed: start-up over again may do
     ├── Superseded            76   another process has taken this shard over: do not restart
     ├── NotAuthorised         77   the broker refuses us
     └── ConfigError           78   configuration
@@ -66,6 +67,15 @@ class Temporary(StreamlstmError):
     """Something that a restart mends."""
 
     exit_code = 75
+
+
+class StartOver(Temporary):
+    """
+    A transaction failed, and whether any of it was committed is not known.
+
+    Start-up finds out from the progress log; doing it over in the same process is enough. What was computed since the
+    last commit is thrown away with the engine that did.
+    """
 
 
 class Superseded(StreamlstmError):

@@ -25,6 +25,7 @@ from streamlstm.service.encode import ForecastEncoder
 from streamlstm.service.http import HttpServer
 from streamlstm.service.logging import configure_logging
 from streamlstm.service.observer import Observers
+from streamlstm.service.sessions import run_sessions
 from streamlstm.service.stopping import Stop, signals_stop
 from streamlstm.service.watch import watch
 from streamlstm.transport.deadline import Deadline, leave
@@ -55,16 +56,19 @@ def serve(config: Config) -> None:
         stack.callback(store.close)
         observer = _watch(stack, config, device, log)
         world, terms = _world(stack, store, config, device, _warned(decoder, log)), _terms(config, device)
-        startup = Startup(observer, log, stop, time.monotonic)
-        try:
+
+        def begin() -> Daemon:
+            startup = Startup(observer, log, stop, time.monotonic)
             ready = resume(world, terms, startup)
+            startup.ready(ready)
+            writer = BackgroundWriter(world.store, config.checkpoint.keep.last)
+            encoder = ForecastEncoder(config_hash(config), config.model.horizons, ready.revision)
+            return Daemon(world, terms, ready, _pace(config), encoder, observer, log, stop, writer)
+
+        try:
+            run_sessions(begin, stop, log)
         except StoppedEarly:
             log.info("stopped while starting")
-            return
-        startup.ready(ready)
-        writer = BackgroundWriter(world.store, config.checkpoint.keep.last)
-        encoder = ForecastEncoder(config_hash(config), config.model.horizons, ready.revision)
-        Daemon(world, terms, ready, _pace(config), encoder, observer, log, stop, writer).run()
 
 
 def _watch(stack: ExitStack, config: Config, device: str, log: Log) -> Observers:

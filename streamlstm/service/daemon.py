@@ -206,6 +206,12 @@ class Daemon:
         self._snapshot_s = 0.0
         self._trouble_since_s: float | None = None
         self._lag_told_s = float("-inf")
+        self._committed = False
+
+    @property
+    def committed(self) -> bool:
+        """Whether anything was committed."""
+        return self._committed
 
     def run(self) -> None:
         """Until asked to stop; then finish what was begun and leave a checkpoint."""
@@ -214,6 +220,17 @@ class Daemon:
             self.turn()
         self._observer.observe_phase("stopping")
         self._finish()
+
+    def abandon(self) -> None:
+        """
+        Wait for the checkpoint in flight, which is as good as any: it holds committed steps only.
+
+        Raises :class:`~streamlstm.errors.Temporary` when it does not end.
+        """
+        outcome = self._writer.poll(self._pace.trouble_limit_s)
+        if self._writer.busy:
+            raise Temporary(f"the checkpoint in flight does not end within {self._pace.trouble_limit_s:g} s")
+        self._heed_checkpoint(outcome)
 
     def turn(self) -> None:
         """One turn of the loop."""
@@ -305,6 +322,7 @@ class Daemon:
         except StreamlstmError as error:
             self._observer.observe_commit_failed(str(error))
             raise
+        self._committed = True
         self._tip = Link(offset, digest_record(value))
         self._positions = positions_after(self._positions, done.cuts())
         self._observer.observe_commit(

@@ -104,7 +104,8 @@ class Publisher(Protocol):
         Make ``outputs`` visible, all or nothing, and return the progress record's offset. It has happened when this
         returns; when it raises, nobody knows, and only the progress log can tell. Raises :class:`Fenced`,
         :class:`~streamlstm.errors.NotAuthorised`, :class:`~streamlstm.errors.DataError` (a message is larger than
-        the topic allows) or :class:`~streamlstm.errors.Temporary`; after any of them this publisher is of no more use.
+        the topic allows), :class:`~streamlstm.errors.StartOver` or another :class:`~streamlstm.errors.Temporary`; after
+        any of them nothing can be published until a new session has begun.
         """
         ...
 

@@ -15,7 +15,7 @@ from kafka import errors as kafka_errors
 from kafka.partitioner.default import murmur2
 
 from streamlstm.config.model import Config
-from streamlstm.errors import StreamlstmError, Temporary
+from streamlstm.errors import StartOver, StreamlstmError, Temporary
 from streamlstm.transport.deadline import Deadline
 from streamlstm.transport.interfaces import OutMessage, Outputs
 from streamlstm.transport.kafka.clients import Producer, close_producer, open_transactional_producer
@@ -76,7 +76,7 @@ class KafkaPublisher:
             except Exception as error:
                 self.close()
                 if isinstance(error, kafka_errors.KafkaError | StreamlstmError):
-                    raise explain(error, "committing a transaction") from error
+                    raise _to_start_over(explain(error, "committing a transaction")) from error
                 raise
 
     def close(self) -> None:
@@ -124,6 +124,11 @@ class KafkaPublisher:
                 timestamp_ms=message.timestamp_ms,
             )
             yield topic, future
+
+
+def _to_start_over(told: StreamlstmError) -> StreamlstmError:
+    """What is only temporary, and was not a fence, is mended by a new producer and another start-up."""
+    return StartOver(str(told)) if type(told) is Temporary else told
 
 
 def _believe(topic: str, future: Any, timeout_s: float) -> None:  # noqa: ANN401, because the client is untyped

@@ -1,0 +1,83 @@
+from dataclasses import replace
+
+import pytest
+from fakes import Broker, MemoryPublisher, Process, message
+
+from streamlstm.errors import StartOver
+from streamlstm.service import sessions
+from streamlstm.service.daemon import Daemon
+from streamlstm.service.sessions import TRIES, run_sessions
+from streamlstm.transport.interfaces import Outputs
+
+
+class FailingPublisher(MemoryPublisher):
+    """The commits in ``lost`` fail and are not visible; those in ``unknown`` are visible and fail all the same."""
+
+    def __init__(self, process: Process, *, lost: set[int] = frozenset(), unknown: set[int] = frozenset()) -> None:
+        super().__init__(process.source.broker, process.fate)
+        self.lost, self.unknown = lost, unknown
+        self.asked = 0
+
+    def commit(self, outputs: Outputs) -> int:
+        self.asked += 1
+        if self.asked in self.lost:
+            raise StartOver("lost")
+        offset = super().commit(outputs)
+        if self.asked in self.unknown:
+            raise StartOver("the answer was lost")
+        return offset
+
+
+@pytest.fixture(autouse=True)
+def without_pauses(monkeypatch):
+    monkeypatch.setattr(sessions, "PAUSE_S", 0.0)
+
+
+def filled() -> Broker:
+    return Broker({"in": [[message(f"s{i % 3}", float(i)) for i in range(60)]]})
+
+
+def live(process: Process) -> None:
+    def begin() -> Daemon:
+        process.begin()
+        assert process.daemon is not None
+        return process.daemon
+
+    try:
+        run_sessions(begin, process.stop, process.journal)
+    finally:
+        process.store.close()
+
+
+@pytest.mark.parametrize("kind", ["lost", "unknown"])
+@pytest.mark.parametrize("at", range(1, 8))
+def test_a_failed_transaction_costs_a_start_up_and_nothing_else(tmp_path, kind, at):
+    calm, troubled = filled(), filled()
+    engine = Process(calm, tmp_path / "calm").run()
+    process = Process(troubled, tmp_path / "troubled")
+    process.world = replace(process.world, publisher=FailingPublisher(process, **{kind: {at}}))
+    live(process)
+
+    assert troubled.published == calm.published
+    assert process.ready is not None
+    assert process.ready.engine.state().digests() == engine.state().digests()
+    assert process.journal.events("warning") == ["a transaction failed; starting over from what was committed"]
+
+
+def test_failures_in_a_row_end_the_process(tmp_path):
+    process = Process(filled(), tmp_path)
+    publisher = FailingPublisher(process, lost=set(range(100)))
+    process.world = replace(process.world, publisher=publisher)
+
+    with pytest.raises(StartOver):
+        live(process)
+    assert publisher.asked == TRIES
+
+
+def test_failures_with_commits_between_them_do_not_add_up(tmp_path):
+    # An incarnation and at least one transaction lie between any two.
+    process = Process(filled(), tmp_path)
+    process.world = replace(process.world, publisher=FailingPublisher(process, lost={3, 6, 9, 12}))
+    live(process)
+
+    assert len(process.journal.events("warning")) == 4
