@@ -245,6 +245,10 @@ class FatedDisk(Disk):
         self.fate.point()
         super().truncate(file, size)
 
+    def extend(self, path: Path, length: int) -> BinaryIO:
+        self.fate.point()
+        return super().extend(path, length)
+
     def write(self, file: BinaryIO, data: bytes | memoryview) -> None:
         self.fate.point()
         half = len(data) // 2

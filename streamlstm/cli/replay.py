@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     epilog=examples(
         "streamlstm replay -c config/etth2.yaml --from ETTh2.csv --rows 14400 --standardise 2880 --score-from 3600",
         "streamlstm replay -c config/metrics-json.yaml --from day1.ndjson --from day2.ndjson --out forecasts.parquet",
+        "streamlstm replay -c config/metrics-json.yaml --from year.ndjson --out f.jsonl --checkpoint-to year --resume",
         "streamlstm replay -c config/metrics-json.yaml --from metrics.raw --start 2026-01-01T00:00:00Z",
         "streamlstm replay -c config/metrics-json.yaml --cuts progress --json",
     )
@@ -44,12 +45,26 @@ if TYPE_CHECKING:
     type=click.Choice(["progress"]),
     help="Take the cuts a live run recorded, compare digests, and print those of weights and series.",
 )
-@click.option("--out", type=click.Path(dir_okay=False, path_type=Path), help="Write forecasts to this Parquet file.")
+@click.option(
+    "--out",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Write forecasts to this file: .jsonl or .ndjson has the published bytes, one forecast a line; any other is "
+    "Parquet, with the truth that came.",
+)
 @click.option(
     "--dead-letters",
     "dead_letters",
     type=click.Path(dir_okay=False, path_type=Path),
     help="Write what could not be used to this NDJSON file.",
+)
+@click.option(
+    "--checkpoint-to",
+    type=click.Path(file_okay=False, path_type=Path),
+    metavar="DIR",
+    help="Keep checkpoints in this directory, every checkpoint.every and at the end.",
+)
+@click.option(
+    "--resume", is_flag=True, help="Go on from the newest checkpoint in --checkpoint-to, as if never interrupted."
 )
 @click.option("--strict", is_flag=True, help="Exit 65 when a record could not be used, or a digest differs.")
 @click.option("--json", "as_json", is_flag=True, help="JSON instead of a table.")
@@ -65,6 +80,8 @@ def replay(
     cuts: str | None,
     out: Path | None,
     dead_letters: Path | None,
+    checkpoint_to: Path | None,
+    resume: bool,
     strict: bool,
     as_json: bool,
 ) -> None:
@@ -75,9 +92,23 @@ def replay(
     anything is learnt from it.
     """
     # Imported here, because it loads torch, which takes longer than a help text may.
-    from streamlstm.cli.replaying import Asked, replay_history  # noqa: PLC0415, because of the line above
+    from streamlstm.cli.asked import Asked  # noqa: PLC0415, because of the line above
+    from streamlstm.cli.replaying import replay_history  # noqa: PLC0415, because of the line above
 
-    asked = Asked(sources, start, end, rows, score_from, standardise, cuts is not None, out, dead_letters, strict)
+    asked = Asked(
+        sources,
+        start,
+        end,
+        rows,
+        score_from,
+        standardise,
+        recorded=cuts is not None,
+        out=out,
+        dead_letters=dead_letters,
+        strict=strict,
+        checkpoint_to=checkpoint_to,
+        resume=resume,
+    )
     for line in replay_history(loaded.config, asked, as_json=as_json):
         click.echo(line)
     if loaded.config.source.type == "kafka":

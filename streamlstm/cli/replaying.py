@@ -4,269 +4,273 @@ What ``streamlstm replay`` does: open what is asked for, drive it through the en
 Apart from :mod:`streamlstm.cli.replay`, because it loads torch, Kafka and Arrow, and a help text must not wait.
 """
 
+import secrets
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Protocol
 
 import click
 import msgspec
+import structlog
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
+from streamlstm.cli.asked import Asked
 from streamlstm.cli.device import prepare_device
+from streamlstm.cli.replay_inputs import Feed, is_of_files, open_feed
 from streamlstm.cli.result import Result, as_json_text, as_lines
-from streamlstm.config.keys import config_hash
+from streamlstm.config.keys import config_hash, identity_values, learning_values
 from streamlstm.config.model import Config
 from streamlstm.engine.core import Engine
 from streamlstm.engine.report import StepReport
-from streamlstm.errors import DataError, ProgressError, StreamlstmError
-from streamlstm.records.batch import Messages, RecordBatch
-from streamlstm.records.decode import Decoder, compile_decoder, refuse_rejected
-from streamlstm.recovery.progress import read_chain
+from streamlstm.errors import ConfigError, DataError
+from streamlstm.records.batch import Messages
+from streamlstm.records.decode import refuse_rejected
+from streamlstm.recovery.background import BackgroundWriter, in_a_thread
+from streamlstm.recovery.checkpoint import CheckpointStore, open_store
+from streamlstm.recovery.disk import Disk
+from streamlstm.recovery.fingerprint import compare_fingerprints, take_fingerprint
+from streamlstm.recovery.generations import Settings
+from streamlstm.recovery.resume import EngineMaker, Steppable
+from streamlstm.service.daemon import CheckpointSchedule
 from streamlstm.service.encode import ForecastEncoder
+from streamlstm.service.keeping import Begun, Clocks, Keeper, Live, Terms, take_up
 from streamlstm.service.logging import configure_logging
-from streamlstm.service.replay import Fed, feed_merged, feed_recorded, feed_source, replay
-from streamlstm.service.scores import StreamScores
-from streamlstm.transport.deadline import Deadline
-from streamlstm.transport.files import FileSource, ForecastWriter
-from streamlstm.transport.interfaces import OutMessage, Position
-from streamlstm.transport.kafka.preflight import preflight
-from streamlstm.transport.kafka.progress import KafkaProgressLog
-from streamlstm.transport.kafka.source import KafkaSource
+from streamlstm.service.replay import Summary, Tally, replay
+from streamlstm.service.stopping import Stop, signals_stop
+from streamlstm.transport.appended import AppendedFile, Output
+from streamlstm.transport.deadline import leave
+from streamlstm.transport.forecasts import ForecastWriter
+from streamlstm.transport.interfaces import Frozen, OutMessage
 
-_MESSAGES_A_STEP = 500  # a step this long shows progress; how the stream is divided changes no bit
-_FILE_SUFFIXES = {".csv", ".tsv", ".txt", ".json", ".jsonl", ".ndjson", ".parquet", ".gz"}
+_LINES = {".jsonl", ".ndjson"}
 
 Each = Callable[[StepReport, Messages], None]
 """Told of every step."""
 
 
-class Asked(NamedTuple):
-    """The options of the command, by their names there."""
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """What a replay takes from where it runs: engines, the fingerprint of their bits, files, and a thread for these."""
 
-    sources: tuple[str, ...]
-    start: str | None
-    end: str | None
-    rows: int | None
-    score_from: int
-    standardise: int | None
-    recorded: bool
-    out: Path | None
-    dead_letters: Path | None
-    strict: bool
+    maker: EngineMaker
+    fingerprint: Mapping[str, str]
+    disk: Disk
+    start: Callable[[Callable[[], None]], None]
 
 
-def replay_history(config: Config, asked: Asked, *, as_json: bool) -> Iterator[str]:
+def this_machine(config: Config) -> Machine:
+    """The real one."""
+    device = prepare_device(config)
+    maker = EngineMaker(
+        create=lambda: Engine.create(config, device),
+        restore=lambda state: Engine.restore(config, device, state),
+    )
+    return Machine(maker, take_fingerprint(device, config.runtime.threads), Disk(), in_a_thread)
+
+
+def replay_history(config: Config, asked: Asked, *, as_json: bool, machine: Machine | None = None) -> Iterator[str]:
     """
     Replay, then give the lines to print.
 
-    With ``strict``, raises :class:`~streamlstm.errors.DataError` after the last line when a record could not be used or
-    a recorded digest differs.
+    With ``checkpoint_to``, killed at any instruction and run again with ``resume``, it ends in the same bytes as if it
+    had never been killed. With ``strict``, raises :class:`~streamlstm.errors.DataError` after the last line when a
+    record could not be used or a recorded digest differs.
     """
     configure_logging(config.logging.level, config.logging.format)
+    machine = machine or this_machine(config)
     with ExitStack() as stack:
-        feed = stack.enter_context(_open(config, asked))
-        engine = Engine.create(config, prepare_device(config))
-        scores = StreamScores(config.model.horizons, score_from=asked.score_from, standardise=asked.standardise or 0)
-        listeners: list[Each] = []
+        store = _open_store(stack, config, asked, machine.disk)
+        begun = _take_up(config, asked, store, machine) if store and asked.resume else None
+        feed = stack.enter_context(open_feed(config, asked, begun))
+        engine = _restored(machine.maker, begun) if begun else machine.maker.create()
+        tally = Tally(config.model.horizons, asked.score_from, asked.standardise or 0, begun and begun.tally)
+        outputs = _open_outputs(stack, config, asked, tally, begun, machine.disk)
+        listeners: list[Each] = [opened.write for opened in outputs.values()]
         if config.decode.on_error == "fail":
-            listeners.append(lambda report, _: refuse_rejected(report.batch))
-        if asked.out:
-            listeners.append(stack.enter_context(_forecast_file(asked.out)))
-        if asked.dead_letters:
-            encoder = ForecastEncoder(config_hash(config), config.model.horizons)
-            listeners.append(stack.enter_context(_dead_letter_file(asked.dead_letters, encoder)))
-        listeners.append(stack.enter_context(_progress(feed)))
+            listeners.insert(0, lambda report, _: refuse_rejected(report.batch))
+        listeners.append(stack.enter_context(_progress(feed, tally)))
+        began_s = time.monotonic() - (begun.spent_s if begun else 0.0)
+        keeper = None
+        if store:
+            live = Live(engine, feed, feed.positions, tally, {name: opened.output for name, opened in outputs.items()})
+            keeper = _keeper(stack, config, asked, begun, machine, store, live, began_s)
+            listeners.append(keeper.after)
 
         def each(report: StepReport, messages: Messages) -> None:
             for listener in listeners:
                 listener(report, messages)
 
-        began = time.monotonic()
-        summary = replay(feed.cuts, feed.decode, engine, scores, each)
-        elapsed_s = time.monotonic() - began
-    score, digests = scores.score(), engine.state().digests()
-    result = Result(config, score, summary, elapsed_s, asked.standardise, asked.score_from, digests)
-    if as_json:
-        yield as_json_text(result)
-    else:
-        yield from as_lines(result, recorded=asked.recorded)
+        replay(feed.cuts, feed.decode, engine, tally, each)
+        if keeper and not (begun and begun.finished and engine.step_number == begun.state.step):
+            keeper.keep(finished=True)
+        for opened in outputs.values():
+            opened.output.finish()
+        elapsed_s = time.monotonic() - began_s
+    result = Result(
+        config, tally.scores.score(), tally.summary, elapsed_s, asked.standardise, asked.score_from,
+        engine.state().digests(),
+    )  # fmt: skip
+    yield from [as_json_text(result)] if as_json else as_lines(result, recorded=asked.recorded)
     for note in feed.notes():
         click.echo(f"note: {note}", err=True)
-    if asked.strict and (summary.rejected or summary.differing):
-        digests = f", {summary.differing:,} of {summary.compared:,} recorded digests differ" if asked.recorded else ""
+    if asked.strict:
+        _refuse_flaws(tally.summary, recorded=asked.recorded)
+
+
+def _refuse_flaws(summary: Summary, *, recorded: bool) -> None:
+    if summary.rejected or summary.differing:
+        digests = f", {summary.differing:,} of {summary.compared:,} recorded digests differ" if recorded else ""
         raise DataError(f"--strict: records that could not be used: {sum(summary.rejected.values()):,}{digests}")
 
 
-class _Feed(NamedTuple):
-    """Cuts and their decoder. ``done`` is how much of ``total`` so many messages are; ``notes`` are told last."""
-
-    cuts: Iterable[Fed]
-    decode: Callable[[Messages], RecordBatch]
-    total: int | None
-    unit: str
-    done: Callable[[int], int]
-    notes: Callable[[], list[str]]
+# Going on.
 
 
-# Where the cuts come from.
-
-
-@contextmanager
-def _open(config: Config, asked: Asked) -> Generator[_Feed, None, None]:
-    """The cuts that were asked for: of files, of topics, or as recorded."""
-    if asked.recorded:
-        unknown = [s for s in asked.sources if s not in config.source.topics]
-        if unknown:
-            raise click.UsageError(f"--cuts progress: {', '.join(unknown)} is not in source.topics")
-        if asked.start or asked.end:
-            raise click.UsageError("--cuts progress takes all that is recorded; leave --start and --end away")
-        feed = _open_recorded(config, asked)
-    elif not asked.sources:
-        raise click.UsageError("--from: name a file or a topic")
-    elif config.source.type == "files" or any(map(_is_file, asked.sources)):
-        if asked.start or asked.end:
-            raise click.UsageError("--start and --end are for topics; for files take --rows")
-        feed = _open_files(config, asked)
-    else:
-        feed = _open_topics(config, asked)
-    with feed as opened:
-        yield opened
-
-
-def _is_file(name: str) -> bool:
-    """Whether this names a file and not a topic: it is there, or it looks like one."""
-    return "/" in name or Path(name).suffix.lower() in _FILE_SUFFIXES or Path(name).is_file()
-
-
-@contextmanager
-def _open_files(config: Config, asked: Asked) -> Generator[_Feed, None, None]:
-    paths = [Path(s) for s in asked.sources]
-    for path in paths:
-        if not path.is_file():
-            raise click.BadParameter(f"{path}: there is no such file", param_hint="--from")
-    topic = config.source.topics[0] if config.source.topics else paths[0].name
-    source = FileSource(paths, topic=topic, decode=config.decode)
-    try:
-        decoder = compile_decoder(config.decode, source.columns)
-        cuts = feed_source(lambda count: source.poll(count, 0.0), _MESSAGES_A_STEP, asked.rows)
-        total, unit, done = asked.rows, "rows", _itself
-        if total is None:
-            total, unit, done = source.bytes_total, "bytes", lambda _: source.bytes_read
-        yield _Feed(cuts, decoder.decode, total, unit, done, lambda: _naive_note(decoder))
-    finally:
-        source.close()
-
-
-@contextmanager
-def _open_topics(config: Config, asked: Asked) -> Generator[_Feed, None, None]:
-    decoder = compile_decoder(config.decode)
-    warnings = preflight(config.source)
-    deadline = Deadline(config.runtime.deadline)
-    topics = config.source.model_copy(update={"topics": list(asked.sources)})
-    source = KafkaSource(config.model_copy(update={"source": topics}), deadline)
-    try:
-        starts = source.resolve_start(f"timestamp:{asked.start}") if asked.start else source.beginning_offsets()
-        ends = source.resolve_start(f"timestamp:{asked.end}") if asked.end else source.end_offsets()
-        source.seek(starts)
-        total = sum(max(0, e.next_offset - s.next_offset) for s, e in zip(starts, ends, strict=True))
-        cuts = feed_merged(source, starts, ends, config.runtime.deadline, _MESSAGES_A_STEP, asked.rows)
-        yield _Feed(
-            cuts,
-            decoder.decode,
-            min(total, asked.rows or total),
-            "messages",
-            _itself,
-            lambda: [*warnings, *_naive_note(decoder)],
+def _open_store(stack: ExitStack, config: Config, asked: Asked, disk: Disk) -> CheckpointStore | None:
+    """Where generations of this replay go, locked: an empty place, or with ``resume`` one that has some."""
+    if asked.checkpoint_to is None:
+        if asked.resume:
+            raise click.UsageError("--resume goes on from what --checkpoint-to DIR left; name it")
+        return None
+    if asked.checkpoint_to.absolute() == Path(config.checkpoint.url).absolute():
+        raise click.UsageError("--checkpoint-to: this is where the service keeps its state (checkpoint.url)")
+    store = open_store(asked.checkpoint_to, disk).open()
+    stack.callback(store.close)
+    if not asked.resume and (store.steps() or store.bad()):
+        raise click.UsageError(
+            f"--checkpoint-to: {asked.checkpoint_to} holds checkpoints; add --resume to go on from them, or name an "
+            "empty directory"
         )
-    finally:
-        source.close()
-        deadline.close()
+    return store
 
 
-@contextmanager
-def _open_recorded(config: Config, asked: Asked) -> Generator[_Feed, None, None]:
-    decoder = compile_decoder(config.decode)
-    warnings = preflight(config.source)
-    deadline = Deadline(config.runtime.deadline)
-    source: KafkaSource | None = None
+def _settings(config: Config) -> Settings:
+    return Settings(config.name, config_hash(config), identity_values(config), learning_values(config))
+
+
+def _take_up(config: Config, asked: Asked, store: CheckpointStore, machine: Machine) -> Begun | None:
+    """What was begun in ``store``: the same command, and on a machine that gives the same bits."""
+    begun = take_up(store, _settings(config))
+    if begun is None:
+        return None
+    now = asked.lasting(of_files=is_of_files(config, asked))
+    other = [option for option, value in now.items() if begun.asked.get(option) != value]
+    if other:
+        told = ", ".join(f"{option} was {begun.asked.get(option)!r}" for option in other)
+        raise click.UsageError(f"--resume takes the command that was begun: {told}")
+    differences = compare_fingerprints(begun.provenance.fingerprint, machine.fingerprint)
+    if differences and config.checkpoint.on_mismatch == "fail":
+        raise ConfigError(
+            f"checkpoint.on_mismatch: fail: the replay was begun on another machine or other libraries: "
+            f"{'; '.join(differences)}; run it there, or set rebase to go on with other bits"
+        )
+    if differences:
+        click.echo(f"note: other bits from here on: {'; '.join(differences)}", err=True)
+    for bad in begun.refused:
+        click.echo(f"note: checkpoint {bad.step} is bad and was put aside: {bad.reason}", err=True)
+    return begun
+
+
+def _keeper(
+    stack: ExitStack,
+    config: Config,
+    asked: Asked,
+    begun: Begun | None,
+    machine: Machine,
+    store: CheckpointStore,
+    live: Live,
+    began_s: float,
+) -> Keeper:
+    """Who takes the generations; from here on a signal is a request to stop after the step."""
+    stop = Stop()
+    stack.enter_context(signals_stop(stop, config.runtime.shutdown_timeout, leave))
+    every = config.checkpoint.every
+    step = live.engine.step_number
+    terms = Terms(
+        lineage=begun.provenance.lineage if begun else secrets.token_hex(8),
+        incarnation=secrets.token_hex(8),
+        settings=_settings(config),
+        fingerprint=machine.fingerprint,
+        asked=asked.lasting(of_files=is_of_files(config, asked)),
+    )
+    return Keeper(
+        BackgroundWriter(store, config.checkpoint.keep.last, machine.start),
+        CheckpointSchedule(every.time, every.records, tried_s=time.monotonic(), durable_step=step),
+        terms,
+        live,
+        Clocks(time.monotonic, time.time, lambda: time.monotonic() - began_s),
+        structlog.get_logger("streamlstm"),
+        stop,
+    )
+
+
+def _restored(maker: EngineMaker, begun: Begun) -> Steppable:
     try:
-        chain = read_chain(KafkaProgressLog(config, deadline).read(), config.name)
-        steps = chain.to_replay(0)
-        if chain.origin is None or (steps and steps[0].number != 1):
-            raise ProgressError(
-                f"{config.progress_topic} does not begin with the first step: it was trimmed, or nothing ran yet; "
-                "with sink.progress.trim: false all cuts are kept"
-            )
-        source = KafkaSource(config, deadline)
-        source.seek([Position(*position) for position in chain.origin.positions])
-        total = sum(r.end - r.start for step in steps for r in step.cut)
-        cuts = feed_recorded(
-            [(step.cut, step.digest) for step in steps], source, config.runtime.deadline, chain.excluded or ()
-        )
-        if asked.rows is not None:
-            cuts = _whole_cuts(cuts, asked.rows)
-        yield _Feed(
-            cuts,
-            decoder.decode,
-            min(total, asked.rows or total),
-            "cuts",
-            _itself,
-            lambda: [*warnings, *_naive_note(decoder)],
-        )
-    finally:
-        if source:
-            source.close()
-        deadline.close()
-
-
-def _whole_cuts(cuts: Iterable[Fed], rows: int) -> Iterator[Fed]:
-    """Cuts until that many messages were in them: a recorded cut is not divided."""
-    seen = 0
-    for fed in cuts:
-        yield fed
-        seen += len(fed.messages)
-        if seen >= rows:
-            return
-
-
-def _itself(messages: int) -> int:
-    return messages
-
-
-def _naive_note(decoder: Decoder) -> list[str]:
-    return ["times without a zone were taken as UTC"] if decoder.naive_times else []
+        return maker.restore(begun.state)
+    except ValueError as error:
+        raise ConfigError(f"the state does not fit the configuration: {error}") from error
 
 
 # Where forecasts and dead letters go.
 
 
-@contextmanager
-def _forecast_file(path: Path) -> Generator[Each, None, None]:
-    with ForecastWriter(path) as writer:
-        yield lambda report, _: writer.write(report)
+class _Write(Protocol):
+    def __call__(self, report: StepReport, messages: Messages, /) -> None: ...
 
 
-@contextmanager
-def _dead_letter_file(path: Path, encoder: ForecastEncoder) -> Generator[Each, None, None]:
+@dataclass(frozen=True, slots=True)
+class _Opened:
+    """An output, and what it takes of a step."""
+
+    output: Output
+    write: _Write
+
+
+def _open_outputs(
+    stack: ExitStack, config: Config, asked: Asked, tally: Tally, begun: Begun | None, disk: Disk
+) -> dict[str, _Opened]:
+    """What was asked for, by option; begun anew, or as long as ``begun`` says."""
+    encoder = ForecastEncoder(config_hash(config), config.model.horizons)
+    opened: dict[str, _Opened] = {}
+    for option, path in (("--out", asked.out), ("--dead-letters", asked.dead_letters)):
+        if path is None:
+            continue
+        if asked.checkpoint_to and path.exists() and not path.is_file():
+            raise click.UsageError(f"{option}: {path} is no file, and a replay that goes on cuts it back")
+        frozen = begun.outputs[option] if begun else None
+        if option == "--dead-letters":
+            opened[option] = _lines(AppendedFile(path, disk, frozen), lambda r, m: _letters(encoder, r, m))
+        elif path.suffix.lower() in _LINES:
+            opened[option] = _lines(AppendedFile(path, disk, frozen), lambda r, _: _values(encoder, r))
+        else:
+            opened[option] = _table(path, disk, tally, frozen, begun, keep=asked.checkpoint_to is not None)
+        stack.callback(opened[option].output.close)
+    return opened
+
+
+def _lines(file: AppendedFile, encode: Callable[[StepReport, Messages], bytes]) -> _Opened:
+    return _Opened(file, lambda report, messages: file.append(encode(report, messages)))
+
+
+def _table(path: Path, disk: Disk, tally: Tally, frozen: Frozen | None, begun: Begun | None, *, keep: bool) -> _Opened:
+    finished = begun is not None and begun.finished
+    writer = ForecastWriter(path, disk, tally.numbers, frozen, finished=finished, keep=keep)
+    return _Opened(writer, lambda report, _: writer.write(report))
+
+
+def _values(encoder: ForecastEncoder, report: StepReport) -> bytes:
+    """The bytes of each forecast as it is published, one a line: JSON holds no line end."""
+    return b"".join([(message.value or b"") + b"\n" for message in encoder.encode_forecasts(report)])
+
+
+def _letters(encoder: ForecastEncoder, report: StepReport, messages: Messages) -> bytes:
     """One JSON object a line: key, value and headers as on the dead-letter topic, bytes that are no text as base64."""
-    try:
-        file = path.open("wb")
-    except OSError as error:
-        raise _unwritable(path, error) from error
-
-    def write(report: StepReport, messages: Messages) -> None:
-        lines = [_as_object(letter) for letter in encoder.encode_dead_letters(report, messages)]
-        try:
-            file.write(b"".join(msgspec.json.encode(line) + b"\n" for line in lines))
-            file.flush()
-        except OSError as error:
-            raise _unwritable(path, error) from error
-
-    with file:
-        yield write
+    letters = encoder.encode_dead_letters(report, messages) if report.rejected else []
+    return b"".join([msgspec.json.encode(_as_object(letter)) + b"\n" for letter in letters])
 
 
 def _as_object(letter: OutMessage) -> dict[str, object]:
@@ -282,12 +286,8 @@ def _text(data: bytes | None) -> object:
         return {"base64": data}
 
 
-def _unwritable(path: Path, error: OSError) -> StreamlstmError:
-    return StreamlstmError(f"cannot write {path}: {error.strerror or error}")
-
-
 @contextmanager
-def _progress(feed: _Feed) -> Generator[Each, None, None]:
+def _progress(feed: Feed, tally: Tally) -> Generator[Each, None, None]:
     """A bar on a terminal, nothing elsewhere."""
     console = Console(stderr=True)
     columns = (
@@ -299,11 +299,9 @@ def _progress(feed: _Feed) -> Generator[Each, None, None]:
     )
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(f"replaying {feed.unit}", total=feed.total, messages=0)
-        seen = 0
 
-        def advance(_report: StepReport, messages: Messages) -> None:
-            nonlocal seen
-            seen += len(messages)
+        def advance(_report: StepReport, _messages: Messages) -> None:
+            seen = tally.summary.messages
             bar.update(task, completed=feed.done(seen), messages=seen)
 
         yield advance

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from streamlstm.engine.state import EngineState
 from streamlstm.errors import CheckpointNotWritten
 from streamlstm.recovery.checkpoint import CheckpointStore, Written
-from streamlstm.recovery.generations import Beside, Provenance
+from streamlstm.recovery.generations import Provenance
 from streamlstm.recovery.progress import Link
+from streamlstm.transport.interfaces import Frozen
 
 # A disk that is full, read-only or away may come back; any other error says that it loses data.
 _MAY_PASS = {
@@ -76,7 +77,7 @@ class BackgroundWriter:
         self,
         state: EngineState,
         provenance: Provenance,
-        beside: Beside | None = None,
+        beside: Frozen | None = None,
         before: Callable[[], object] = lambda: None,
     ) -> None:
         """
@@ -102,7 +103,7 @@ class BackgroundWriter:
         return outcome
 
     def _work(
-        self, state: EngineState, provenance: Provenance, beside: Beside | None, before: Callable[[], object]
+        self, state: EngineState, provenance: Provenance, beside: Frozen | None, before: Callable[[], object]
     ) -> None:
         try:
             before()

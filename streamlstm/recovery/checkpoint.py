@@ -21,7 +21,6 @@ from streamlstm.recovery.directory import Directory
 from streamlstm.recovery.disk import Disk
 from streamlstm.recovery.generations import (
     LAYOUT,
-    Beside,
     Files,
     Generation,
     Header,
@@ -42,6 +41,7 @@ from streamlstm.recovery.generations import (
 from streamlstm.recovery.place import Attempt, Draft, Place, name_of, step_of_bad
 from streamlstm.recovery.progress import Link
 from streamlstm.recovery.snapshot import Sink
+from streamlstm.transport.interfaces import Frozen
 
 _BLOCK = 1 << 20
 
@@ -218,7 +218,7 @@ class CheckpointStore:
             ) from error
         return header.generation
 
-    def write(self, state: EngineState, provenance: Provenance, beside: Beside | None = None) -> Written:
+    def write(self, state: EngineState, provenance: Provenance, beside: Frozen | None = None) -> Written:
         """
         Make a state durable, and what goes beside it: every file, then the manifest, and only then is it announced.
 
@@ -262,7 +262,7 @@ class CheckpointStore:
         except (CheckpointError, OSError):
             return None
 
-    def _write(self, state: EngineState, provenance: Provenance, beside: Beside | None, attempt: Attempt) -> Written:
+    def _write(self, state: EngineState, provenance: Provenance, beside: Frozen | None, attempt: Attempt) -> Written:
         began = time.perf_counter()
         fsync_s = 0.0
         listed: dict[str, Listed] = {}

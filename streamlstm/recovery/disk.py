@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import stat
 from pathlib import Path
 from typing import BinaryIO
 
@@ -35,6 +36,21 @@ class Disk:
         """Cut ``file`` off; it is written from there on."""
         file.truncate(size)
         file.seek(size)
+
+    def extend(self, path: Path, length: int) -> BinaryIO:
+        """
+        A user's file to add to, made where there is none, cut back to its first ``length`` bytes.
+
+        It may be a link, and it may be a pipe or a device, of which nothing can be cut.
+        """
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+        try:
+            if stat.S_ISREG(os.fstat(fd).st_mode):
+                os.ftruncate(fd, length)
+            return os.fdopen(fd, "ab", buffering=0)
+        except BaseException:
+            os.close(fd)
+            raise
 
     def write(self, file: BinaryIO, data: bytes | memoryview) -> None:
         """All of ``data``, or an error."""

@@ -18,6 +18,9 @@ from typing import Annotated, Any, NamedTuple, Protocol, TypeVar, cast
 from urllib.parse import quote
 
 import msgspec
+import numpy as np
+import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from streamlstm.engine.state import EngineState
@@ -37,7 +40,7 @@ from streamlstm.recovery.snapshot import (
     write_series,
     write_tensors,
 )
-from streamlstm.transport.interfaces import Position
+from streamlstm.transport.interfaces import Frozen, Position
 
 MANIFEST = "MANIFEST.json"
 
@@ -45,7 +48,7 @@ _META = "meta.json"
 _MODEL = "model.pt"
 _OPTIM = "optim.pt"
 _BESIDE = "beside.json"
-_BESIDE_TENSORS = "beside.pt"
+_BESIDE_ARRAYS = "beside.pt"
 _LONGEST_TOPIC = 180  # of a file name's 255 bytes
 MANIFEST_LIMIT = 64 << 20
 _BLOCK = 1 << 20
@@ -99,20 +102,12 @@ class Generation:
     provenance: Provenance
 
 
-@dataclass(frozen=True, slots=True)
-class Beside:
-    """What a generation carries beside the engine's state, for the shell that made it: JSON, and named tensors."""
-
-    values: Any
-    tensors: dict[str, Tensor]
-
-
 class Loaded(NamedTuple):
     """A generation and the state it holds."""
 
     generation: Generation
     state: EngineState
-    beside: Beside | None = None
+    beside: Frozen | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -319,11 +314,19 @@ def load_generation(files: Files, step: int, layout: Layout = LAYOUT) -> Loaded:
         beside = None
         if _BESIDE in manifest.files:
             values = json.loads(_checked(files, manifest, _BESIDE))
-            beside = Beside(values, read_tensors(_checked(files, manifest, _BESIDE_TENSORS)))
+            beside = Frozen(values, _as_arrays(read_tensors(_checked(files, manifest, _BESIDE_ARRAYS))))
     return Loaded(header.generation, state, beside)
 
 
-def files_of(state: EngineState, provenance: Provenance, beside: Beside | None) -> dict[str, Callable[[Sink], object]]:
+def _as_arrays(tensors: Mapping[str, Tensor]) -> dict[str, NDArray[Any]]:
+    return {name: tensor.numpy() for name, tensor in tensors.items()}
+
+
+def _as_tensors(arrays: Mapping[str, NDArray[Any]]) -> dict[str, Tensor]:
+    return {name: torch.from_numpy(np.array(array)) for name, array in arrays.items()}
+
+
+def files_of(state: EngineState, provenance: Provenance, beside: Frozen | None) -> dict[str, Callable[[Sink], object]]:
     """Every file but the manifest, by name, with what writes it."""
     files: dict[str, Callable[[Sink], object]] = {}
     for place, rows in group_by_place(state.series).items():
@@ -334,7 +337,7 @@ def files_of(state: EngineState, provenance: Provenance, beside: Beside | None) 
     files[_META] = lambda sink: sink.write(meta)
     if beside is not None:
         files[_BESIDE] = lambda sink: sink.write(canonical_json(beside.values))
-        files[_BESIDE_TENSORS] = lambda sink: write_tensors(sink, beside.tensors)
+        files[_BESIDE_ARRAYS] = lambda sink: write_tensors(sink, _as_tensors(beside.arrays))
     return files
 
 

@@ -6,8 +6,8 @@ they were. Only recorded cuts are promised to equal the live run.
 """
 
 from collections import Counter, deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from heapq import merge
 from itertools import groupby, islice
 from typing import NamedTuple, Protocol
@@ -15,10 +15,11 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from streamlstm.engine.report import Outcome, StepReport
-from streamlstm.records.batch import Cut, Headers, Messages, Range, RecordBatch, Rejected, SeriesId
+from streamlstm.records.batch import Cut, Headers, Messages, Range, RecordBatch, Rejected
 from streamlstm.recovery.exclusions import drop_excluded
 from streamlstm.service.scores import StreamScores
-from streamlstm.transport.interfaces import Position
+from streamlstm.transport.forecasts import SeriesNumbers
+from streamlstm.transport.interfaces import Frozen, Position
 
 _FETCH = 2000
 
@@ -76,36 +77,84 @@ class Summary:
             self.compared += 1
             self.differing += report.digest().hex() != recorded
 
+    def freeze(self) -> Frozen:
+        """All of it as a value."""
+        values = {column.name: getattr(self, column.name) for column in fields(self)}
+        values["records"] = [[outcome.name, n] for outcome, n in self.records.items()]
+        values["rejected"] = [list(item) for item in self.rejected.items()]  # in order: it decides between equals
+        return Frozen(values)
 
-class SeriesNumbers:
-    """Series numbered over a whole stream, by first appearance."""
+    @classmethod
+    def thaw(cls, frozen: Frozen) -> "Summary":
+        """What :meth:`freeze` gave, to be added to."""
+        values = dict(frozen.values)
+        values["records"] = {Outcome[name]: n for name, n in values["records"]}
+        values["rejected"] = Counter[str](dict(values["rejected"]))
+        first = values["first_rejected"]
+        values["first_rejected"] = Rejected(*first) if first else None
+        return cls(**values)
 
-    def __init__(self) -> None:
-        self._number: dict[SeriesId, int] = {}
 
-    def number(self, batch: RecordBatch) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
-        """The number of each of the batch's series."""
-        numbers = [self._number.setdefault(series, len(self._number)) for series in batch.series]
-        return np.array(numbers, np.int64)
+class Tally:
+    """
+    What a replay comes to, step by step: counts, scores, and the numbers that its series have.
+
+    :param frozen: what :meth:`freeze` gave, to go on from there.
+    """
+
+    def __init__(self, horizons: int, score_from: int = 0, standardise: int = 0, frozen: Frozen | None = None) -> None:
+        parts = unpack(frozen) if frozen else {}
+        self.summary = Summary.thaw(parts["summary"]) if parts else Summary()
+        self.scores = StreamScores(horizons, score_from=score_from, standardise=standardise)
+        self.numbers = SeriesNumbers(parts["series"].values if parts else ())
+        if parts:
+            self.scores.thaw(parts["scores"])
+
+    def add(self, report: StepReport, messages: int, recorded: str | None) -> None:
+        """One step more."""
+        batch, out = report.batch, report.forecasts
+        series_M = self.numbers.number(batch)[batch.code[out.record_M]] if len(out) else np.empty(0, np.int64)
+        self.scores.add(series_M, batch.target[out.record_M], out.settled_error_MXK, out.settled_offset_MK)
+        self.summary.add(report, messages, recorded)
+
+    def freeze(self) -> Frozen:
+        """All of it as a value."""
+        series = Frozen(self.numbers.series())
+        return pack({"summary": self.summary.freeze(), "scores": self.scores.freeze(), "series": series})
 
 
 def replay(
     feed: Iterable[Fed],
     decode: Callable[[Messages], RecordBatch],
     engine: Steppable,
-    scores: StreamScores,
+    tally: Tally,
     each: Callable[[StepReport, Messages], None],
-) -> Summary:
-    """Drive ``engine`` over ``feed``; ``each`` is told of every step once it was scored."""
-    summary, numbers = Summary(), SeriesNumbers()
+) -> None:
+    """Drive ``engine`` over ``feed``; ``each`` is told of every step once it was counted and scored."""
     for messages, recorded in feed:
         report = engine.step(decode(messages))
-        batch, out = report.batch, report.forecasts
-        series_M = numbers.number(batch)[batch.code[out.record_M]] if len(out) else np.empty(0, np.int64)
-        scores.add(series_M, batch.target[out.record_M], out.settled_error_MXK, out.settled_offset_MK)
-        summary.add(report, len(messages), recorded)
+        tally.add(report, len(messages), recorded)
         each(report, messages)
-    return summary
+
+
+def pack(parts: Mapping[str, Frozen]) -> Frozen:
+    """
+    Several parts as one.
+
+    >>> unpack(pack({"a": Frozen(1), "b": Frozen(None, {"x": np.zeros(1)})}))
+    {'a': Frozen(values=1, arrays={}), 'b': Frozen(values=None, arrays={'x': array([0.])})}
+    """
+    arrays = {f"{name}/{key}": array for name, part in parts.items() for key, array in part.arrays.items()}
+    return Frozen({name: part.values for name, part in parts.items()}, arrays)
+
+
+def unpack(frozen: Frozen) -> dict[str, Frozen]:
+    """What :func:`pack` was given."""
+    parts = {name: Frozen(values, {}) for name, values in frozen.values.items()}
+    for key, array in frozen.arrays.items():
+        name, _, rest = key.partition("/")
+        parts[name] = Frozen(parts[name].values, {**parts[name].arrays, rest: array})
+    return parts
 
 
 def feed_source(

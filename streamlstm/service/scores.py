@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from streamlstm.engine.report import EXPERTS
 from streamlstm.records.batch import F64, I32, I64
+from streamlstm.transport.interfaces import Frozen
 
 MODEL = EXPERTS.index("lstm")
 LAST_VALUE = EXPERTS.index("last_value")
@@ -210,6 +211,15 @@ class StreamScores:
         n_S, _, sum_S, square_S = self._values_4S
         mean_S = _ratio(sum_S, n_S)
         return np.nan_to_num(np.sqrt(np.maximum(_ratio(square_S, n_S) - mean_S**2, 0.0)))
+
+    def freeze(self) -> Frozen:
+        """All of it as a value."""
+        return Frozen(self._series, {"sums": self._sums_5SXK.copy(), "values": self._values_4S.copy()})
+
+    def thaw(self, frozen: Frozen) -> None:
+        """Go on from what :meth:`freeze` gave, with the same arguments."""
+        self._series = frozen.values
+        self._sums_5SXK, self._values_4S = (np.array(frozen.arrays[name]) for name in ("sums", "values"))
 
     def score(self) -> Score:
         """The scores now."""

@@ -2,7 +2,9 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
+
+from numpy.typing import NDArray
 
 from streamlstm.errors import Temporary
 from streamlstm.records.batch import Cut, Headers, Messages
@@ -41,6 +43,13 @@ class Outputs:
     forecasts: Sequence[OutMessage]
     dead_letters: Sequence[OutMessage]
     progress: bytes
+
+
+class Frozen(NamedTuple):
+    """The state of one part of the shell as a value: JSON, and arrays that nobody writes to."""
+
+    values: Any
+    arrays: Mapping[str, NDArray[Any]] = {}
 
 
 class Source(Protocol):

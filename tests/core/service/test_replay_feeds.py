@@ -8,8 +8,7 @@ from reports import SECOND_NS, START_NS, make_messages, make_report, make_update
 
 from streamlstm.engine.report import EXPERTS, Outcome, StepReport
 from streamlstm.records.batch import Cut, Messages, Range, RecordBatch, Rejected
-from streamlstm.service.replay import Fed, feed_merged, feed_recorded, feed_source, replay
-from streamlstm.service.scores import StreamScores
+from streamlstm.service.replay import Fed, Tally, feed_merged, feed_recorded, feed_source, replay
 from streamlstm.transport.interfaces import Position
 
 
@@ -25,11 +24,11 @@ class Script:
 
 def drive(reports: Sequence[StepReport], recorded: Sequence[str | None] = (), horizons: int = 1) -> tuple:
     told: list[StepReport] = []
-    scores = StreamScores(horizons)
+    tally = Tally(horizons)
     digests = [*recorded, *[None] * (len(reports) - len(recorded))]
     feed = [Fed(make_messages([b""] * 4), digest) for digest in digests]
-    summary = replay(feed, lambda _: make_report().batch, Script(reports), scores, lambda r, _: told.append(r))
-    return summary, scores.score(), told
+    replay(feed, lambda _: make_report().batch, Script(reports), tally, lambda r, _: told.append(r))
+    return tally.summary, tally.scores.score(), told
 
 
 def test_a_replay_adds_up_what_its_steps_say() -> None:
@@ -56,12 +55,12 @@ def test_a_series_keeps_its_number_when_steps_list_it_elsewhere() -> None:
         make_report(keys=["a", "b"], target=[1, 5, 3, 5], **common),
         make_report(keys=["b", "a"], target=[5, 1, 5, 3], **common),
     ]
-    scores = StreamScores(1, standardise=4)
+    tally = Tally(1, standardise=4)
     feed = [Fed(make_messages([b""] * 4))] * 2
-    replay(feed, lambda _: make_report().batch, Script(reports), scores, lambda *_: None)
-    assert scores.score().left_out == 1
-    assert scores.score().pairs_XK1[0, 0] == 4
-    assert scores.score().mse_XK1[0, 0] == 1.0
+    replay(feed, lambda _: make_report().batch, Script(reports), tally, lambda *_: None)
+    assert tally.scores.score().left_out == 1
+    assert tally.scores.score().pairs_XK1[0, 0] == 4
+    assert tally.scores.score().mse_XK1[0, 0] == 1.0
 
 
 def test_steps_with_another_digest_than_recorded_are_counted() -> None:

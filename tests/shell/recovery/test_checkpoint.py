@@ -11,6 +11,7 @@ import sys
 import textwrap
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from fakes import Crash, Fate, FatedDisk, digest_directory, fingerprint
@@ -21,10 +22,10 @@ from streamlstm.records.batch import SeriesId
 from streamlstm.recovery.background import BackgroundWriter
 from streamlstm.recovery.checkpoint import CheckpointStore, open_store
 from streamlstm.recovery.disk import Disk
-from streamlstm.recovery.generations import Beside, Provenance, Settings
+from streamlstm.recovery.generations import Provenance, Settings
 from streamlstm.recovery.progress import Link
 from streamlstm.recovery.snapshot import canonical_json
-from streamlstm.transport.interfaces import Position
+from streamlstm.transport.interfaces import Frozen, Position
 
 
 def state(step: int, series: int = 3) -> EngineState:
@@ -89,7 +90,7 @@ def test_a_table_that_has_no_chunk_yet_stays_one(store):
 
 
 def test_what_goes_beside_the_state_comes_back_with_it(store):
-    beside = Beside({"lengths": [3]}, {"open": torch.arange(3.0, dtype=torch.float64)})
+    beside = Frozen({"lengths": [3]}, {"open": np.arange(3.0)})
     store.write(state(1), provenance(), beside)
     write(store, 2)
 
@@ -97,7 +98,7 @@ def test_what_goes_beside_the_state_comes_back_with_it(store):
 
     assert loaded is not None
     assert loaded.values == beside.values
-    assert torch.equal(loaded.tensors["open"], beside.tensors["open"])
+    assert np.array_equal(loaded.arrays["open"], beside.arrays["open"])
     assert store.load(2).beside is None
 
 

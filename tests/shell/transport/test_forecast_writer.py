@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from streamlstm.engine.report import EXPERTS, Forecasts, StepReport
 from streamlstm.errors import StreamlstmError
 from streamlstm.records.batch import Range, RecordBatch, SeriesId
-from streamlstm.transport.files import FORECAST_SCHEMA, ForecastWriter
+from streamlstm.recovery.disk import Disk
+from streamlstm.transport.forecasts import FORECAST_SCHEMA, ForecastWriter, SeriesNumbers
 
 MINUTE = 60 * 10**9
 
@@ -53,8 +54,12 @@ def report(records: Sequence[Record], *, start: int = 0, horizons: int = 3, inte
     return StepReport(1, batch, np.zeros(count, np.uint8), (), forecasts, (), {}, len(keys), 0)
 
 
+def writing(path: Path, **limits: Any) -> ForecastWriter:
+    return ForecastWriter(path, Disk(), SeriesNumbers(), **limits)
+
+
 def written(path: Path, reports: Sequence[StepReport], **limits: int) -> list[dict[str, Any]]:
-    with ForecastWriter(path, **limits) as writer:
+    with writing(path, **limits) as writer:
         for one in reports:
             writer.write(one)
     table = pq.read_table(path)
@@ -119,7 +124,7 @@ def test_no_interval_means_no_ds(tmp_path: Path) -> None:
 
 
 def test_an_interval_beyond_all_times_means_no_ds(tmp_path: Path) -> None:
-    with ForecastWriter(tmp_path / "f.parquet") as writer:
+    with writing(tmp_path / "f.parquet") as writer:
         writer.write(report([("a", 0, 1, 1.0)], interval_ns=1 << 61))
     ds = pq.read_table(tmp_path / "f.parquet")["ds"]
     assert ds.is_null().to_pylist() == [False, False, True]
@@ -183,7 +188,7 @@ def test_too_many_that_wait_are_written_oldest_first_with_what_has_come(tmp_path
     size, horizons = 1 << 10, 300
     fleet = [(f"s{i}", 0, 1, 1.0) for i in range(size)]
     path = tmp_path / "f.parquet"
-    with ForecastWriter(path, most_open=size * horizons // 2) as writer:
+    with writing(path, most_open=size * horizons // 2) as writer:
         writer.write(report(fleet, horizons=horizons))
         writer.write(report([(s, 1, 2, 2.0) for s, _, _, _ in fleet], start=size, horizons=horizons))
         writer.write(report([(s, 2, 3, 3.0) for s, _, _, _ in fleet], start=2 * size, horizons=horizons))
@@ -195,7 +200,7 @@ def test_too_many_that_wait_are_written_oldest_first_with_what_has_come(tmp_path
 
 
 def test_what_is_left_at_the_end_is_written_in_the_order_of_the_log(tmp_path: Path) -> None:
-    with ForecastWriter(tmp_path / "f.parquet", rows_at_once=4) as writer:
+    with writing(tmp_path / "f.parquet", rows_at_once=4) as writer:
         for n in range(6):
             writer.write(report([(s, n, n + 1, 1.0) for s in "abc"], start=3 * n))
         left = sorted(int(offset) for part in writer._waiting for offset in part.offset_F)
@@ -206,7 +211,7 @@ def test_what_is_left_at_the_end_is_written_in_the_order_of_the_log(tmp_path: Pa
 
 def test_memory_is_bounded_by_what_waits_and_not_by_the_stream(tmp_path: Path) -> None:
     horizons, rounds = 24, 3000
-    with ForecastWriter(tmp_path / "f.parquet") as writer:
+    with writing(tmp_path / "f.parquet") as writer:
         held = 0
         for n in range(rounds):
             writer.write(report([(s, n, n + 1, 1.0) for s in "abcdefgh"], start=8 * n, horizons=horizons))
@@ -220,17 +225,17 @@ def test_memory_is_bounded_by_what_waits_and_not_by_the_stream(tmp_path: Path) -
 def test_the_file_appears_when_it_is_whole(tmp_path: Path) -> None:
     path = tmp_path / "f.parquet"
     path.write_text("an older one")
-    writer = ForecastWriter(path)
+    writer = writing(path)
     writer.write(report([("a", 0, 1, 1.0)]))
     assert path.read_text() == "an older one"
-    writer.close()
+    writer.finish()
     assert pq.read_table(path).num_rows == 3
     assert [p.name for p in tmp_path.iterdir()] == ["f.parquet"]
 
 
 def test_a_replay_that_fails_leaves_no_file(tmp_path: Path) -> None:
     def replay() -> None:
-        with ForecastWriter(tmp_path / "f.parquet") as writer:
+        with writing(tmp_path / "f.parquet") as writer:
             writer.write(report([("a", 0, 1, 1.0)]))
             raise ZeroDivisionError
 
@@ -245,15 +250,15 @@ def test_no_forecast_at_all_is_an_empty_table(tmp_path: Path) -> None:
 
 def test_a_directory_that_is_not_there_is_said_at_the_start(tmp_path: Path) -> None:
     with pytest.raises(StreamlstmError, match=r"cannot write .*f\.parquet: No such file"):
-        ForecastWriter(tmp_path / "gone" / "f.parquet")
+        writing(tmp_path / "gone" / "f.parquet")
 
 
 def test_a_full_disk_is_one_clear_line(tmp_path: Path) -> None:
-    (tmp_path / ".f.parquet.partial").symlink_to("/dev/full")
+    (tmp_path / ".f.parquet.rows").symlink_to("/dev/full")
     rng = np.random.default_rng(17)
 
     def replay() -> None:
-        with ForecastWriter(tmp_path / "f.parquet") as writer:
+        with writing(tmp_path / "f.parquet") as writer:
             for n in itertools.count():
                 writer.write(report([("a", n, n + 1, rng.normal())], start=n, horizons=1000))
 
@@ -264,8 +269,8 @@ def test_a_full_disk_is_one_clear_line(tmp_path: Path) -> None:
 
 def test_a_disk_that_fills_at_the_end_leaves_no_file(tmp_path: Path) -> None:
     (tmp_path / ".f.parquet.partial").symlink_to("/dev/full")
-    writer = ForecastWriter(tmp_path / "f.parquet")
+    writer = writing(tmp_path / "f.parquet")
     writer.write(report([("a", 0, 1, 1.0)]))
     with pytest.raises(StreamlstmError, match="No space left on device"):
-        writer.close()
+        writer.finish()
     assert list(tmp_path.iterdir()) == []

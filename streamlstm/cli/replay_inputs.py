@@ -1,0 +1,248 @@
+"""Where the cuts of a replay come from: files, topics, or what a live run recorded."""
+
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import click
+
+from streamlstm.cli.asked import Asked
+from streamlstm.config.model import Config
+from streamlstm.errors import LogGap, ProgressError, TopicChanged
+from streamlstm.records.batch import Messages, RecordBatch
+from streamlstm.records.decode import Decoder, compile_decoder
+from streamlstm.recovery.progress import read_chain
+from streamlstm.service.keeping import Begun
+from streamlstm.service.replay import Fed, feed_merged, feed_recorded, feed_source
+from streamlstm.transport.deadline import Deadline
+from streamlstm.transport.files import FileSource
+from streamlstm.transport.interfaces import Frozen, Position, TopicIds
+from streamlstm.transport.kafka.preflight import preflight
+from streamlstm.transport.kafka.progress import KafkaProgressLog
+from streamlstm.transport.kafka.source import KafkaSource
+
+_MESSAGES_A_STEP = 500  # a step this long shows progress; how the stream is divided changes no bit
+_FILE_SUFFIXES = {".csv", ".tsv", ".txt", ".json", ".jsonl", ".ndjson", ".parquet", ".gz"}
+
+
+@dataclass(frozen=True, slots=True)
+class Feed:
+    """
+    Cuts from ``positions`` on, and their decoder.
+
+    ``done`` is how much of ``total`` so many messages are, counted from the replay's first; ``notes`` are told last.
+    ``topic_ids`` and ``freeze`` tell a generation what the input must still be when the replay goes on.
+    """
+
+    cuts: Iterable[Fed]
+    positions: tuple[Position, ...]
+    decode: Callable[[Messages], RecordBatch]
+    total: int
+    unit: str
+    done: Callable[[int], int]
+    notes: Callable[[], list[str]]
+    topic_ids: Callable[[], TopicIds]
+    freeze: Callable[[], Frozen]
+
+
+@contextmanager
+def open_feed(config: Config, asked: Asked, begun: Begun | None) -> Generator[Feed, None, None]:
+    """The cuts that were asked for, from where ``begun`` ended."""
+    if asked.recorded:
+        unknown = [s for s in asked.sources if s not in config.source.topics]
+        if unknown:
+            raise click.UsageError(f"--cuts progress: {', '.join(unknown)} is not in source.topics")
+        if asked.start or asked.end:
+            raise click.UsageError("--cuts progress takes all that is recorded; leave --start and --end away")
+        feed = _open_recorded(config, asked, begun)
+    elif not asked.sources:
+        raise click.UsageError("--from: name a file or a topic")
+    elif is_of_files(config, asked):
+        if asked.start or asked.end:
+            raise click.UsageError("--start and --end are for topics; for files take --rows")
+        feed = _open_files(config, asked, begun)
+    else:
+        feed = _open_topics(config, asked, begun)
+    with feed as opened:
+        yield opened
+
+
+def is_of_files(config: Config, asked: Asked) -> bool:
+    """Whether files are to be read, and not topics."""
+    return not asked.recorded and (config.source.type == "files" or any(map(_is_file, asked.sources)))
+
+
+def _is_file(name: str) -> bool:
+    """Whether this names a file and not a topic: it is there, or it looks like one."""
+    return "/" in name or Path(name).suffix.lower() in _FILE_SUFFIXES or Path(name).is_file()
+
+
+def _left(asked: Asked, begun: Begun | None) -> int | None:
+    """How many messages are still to be read, where that was limited."""
+    return None if asked.rows is None else max(0, asked.rows - (begun.messages if begun else 0))
+
+
+@contextmanager
+def _open_files(config: Config, asked: Asked, begun: Begun | None) -> Generator[Feed, None, None]:
+    paths = [Path(s) for s in asked.sources]
+    for path in paths:
+        if not path.is_file():
+            raise click.BadParameter(f"{path}: there is no such file", param_hint="--from")
+    topic = config.source.topics[0] if config.source.topics else paths[0].name
+    source = FileSource(paths, topic=topic, decode=config.decode)
+    positions = begun.provenance.positions if begun else (Position(topic, 0, 0),)
+    try:
+        if begun:
+            _go_on(source, begun)
+        decoder = compile_decoder(config.decode, source.columns)
+        total, unit, done = asked.rows, "rows", _itself
+        if total is None:
+            total, unit, done = source.bytes_total, "bytes", lambda _: source.bytes_read
+        yield Feed(
+            cuts=feed_source(lambda count: source.poll(count, 0.0), _MESSAGES_A_STEP, _left(asked, begun)),
+            positions=positions,
+            decode=decoder.decode,
+            total=total,
+            unit=unit,
+            done=done,
+            notes=lambda: _naive_note(decoder),
+            topic_ids=lambda: {topic: source.content_digest()},
+            freeze=lambda: Frozen({"files": source.file_digests()}),
+        )
+    finally:
+        source.close()
+
+
+def _go_on(source: FileSource, begun: Begun) -> None:
+    """To where reading ended, over the same rows: they are read again, and a file that was changed is named."""
+    try:
+        source.seek(begun.provenance.positions)
+    except LogGap:
+        source.expect(begun.input.values["files"])
+        raise
+    source.expect(begun.input.values["files"])
+
+
+@dataclass(frozen=True, slots=True)
+class _Cluster:
+    """The input topics, open, and what goes with them."""
+
+    source: KafkaSource
+    decoder: Decoder
+    deadline: Deadline
+    warnings: list[str]
+
+    def notes(self) -> list[str]:
+        return [*self.warnings, *_naive_note(self.decoder)]
+
+
+@contextmanager
+def _open_cluster(config: Config, topics: tuple[str, ...] = ()) -> Generator[_Cluster, None, None]:
+    """The cluster of the configuration; its input topics, or these."""
+    decoder = compile_decoder(config.decode)
+    warnings = preflight(config.source)
+    deadline = Deadline(config.runtime.deadline)
+    if topics:
+        config = config.model_copy(update={"source": config.source.model_copy(update={"topics": list(topics)})})
+    try:
+        source = KafkaSource(config, deadline)
+        try:
+            yield _Cluster(source, decoder, deadline, warnings)
+        finally:
+            source.close()
+    finally:
+        deadline.close()
+
+
+@contextmanager
+def _open_topics(config: Config, asked: Asked, begun: Begun | None) -> Generator[Feed, None, None]:
+    with _open_cluster(config, asked.sources) as cluster:
+        source = cluster.source
+        ids = dict(source.topic_ids())
+        if begun:
+            _check_ids(begun.provenance.topic_ids, ids)
+            starts = begun.provenance.positions
+            ends = [Position(*end) for end in begun.input.values["ends"]]
+        else:
+            starts = source.resolve_start(f"timestamp:{asked.start}") if asked.start else source.beginning_offsets()
+            ends = source.resolve_start(f"timestamp:{asked.end}") if asked.end else source.end_offsets()
+        source.seek(starts)
+        left = sum(max(0, e.next_offset - s.next_offset) for s, e in zip(starts, ends, strict=True))
+        total = left + (begun.messages if begun else 0)
+        yield Feed(
+            cuts=feed_merged(source, starts, ends, config.runtime.deadline, _MESSAGES_A_STEP, _left(asked, begun)),
+            positions=tuple(starts),
+            decode=cluster.decoder.decode,
+            total=min(total, asked.rows or total),
+            unit="messages",
+            done=_itself,
+            notes=cluster.notes,
+            topic_ids=lambda: ids,
+            freeze=lambda: Frozen({"ends": ends}),
+        )
+
+
+def _check_ids(then: TopicIds, now: TopicIds) -> None:
+    for topic, ident in sorted(then.items()):
+        if now.get(topic) != ident:
+            raise TopicChanged(
+                f"topic {topic} was re-created since the replay began (id {ident}, now {now.get(topic)}): its offsets "
+                "mean other records; begin again with another --checkpoint-to"
+            )
+
+
+@contextmanager
+def _open_recorded(config: Config, asked: Asked, begun: Begun | None) -> Generator[Feed, None, None]:
+    with _open_cluster(config) as cluster:
+        chain = read_chain(KafkaProgressLog(config, cluster.deadline).read(), config.name)
+        steps = chain.to_replay(0)
+        if chain.origin is None or (steps and steps[0].number != 1):
+            raise ProgressError(
+                f"{config.progress_topic} does not begin with the first step: it was trimmed, or nothing ran yet; "
+                "with sink.progress.trim: false all cuts are kept"
+            )
+        positions, ids = tuple(Position(*position) for position in chain.origin.positions), chain.origin.topic_ids
+        if begun:
+            positions = begun.provenance.positions
+            steps = [step for step in steps if step.number > begun.state.step]
+        cluster.source.seek(positions)
+        left = sum(r.end - r.start for step in steps for r in step.cut)
+        total = left + (begun.messages if begun else 0)
+        yield Feed(
+            cuts=_whole_cuts(
+                feed_recorded(
+                    [(step.cut, step.digest) for step in steps],
+                    cluster.source,
+                    config.runtime.deadline,
+                    chain.excluded or (),
+                ),
+                _left(asked, begun),
+            ),
+            positions=positions,
+            decode=cluster.decoder.decode,
+            total=min(total, asked.rows or total),
+            unit="cuts",
+            done=_itself,
+            notes=cluster.notes,
+            topic_ids=lambda: ids,
+            freeze=lambda: Frozen(None),
+        )
+
+
+def _whole_cuts(cuts: Iterable[Fed], rows: int | None) -> Iterator[Fed]:
+    """Cuts until that many messages were in them: a recorded cut is not divided."""
+    seen = 0
+    for fed in cuts if rows != 0 else ():
+        yield fed
+        seen += len(fed.messages)
+        if rows is not None and seen >= rows:
+            return
+
+
+def _itself(messages: int) -> int:
+    return messages
+
+
+def _naive_note(decoder: Decoder) -> list[str]:
+    return ["times without a zone were taken as UTC"] if decoder.naive_times else []
