@@ -149,6 +149,39 @@ def restore(loaded: "Loaded", what: str, *, dry_run: bool, as_json: bool) -> Non
 
 @checkpoint.command(
     epilog=examples(
+        "streamlstm checkpoint revert 1200 -c forecasts.yaml --exclude metrics.raw:3:88120-88460 --dry-run",
+        "streamlstm checkpoint revert 1200 -c forecasts.yaml --exclude metrics.raw:3:88120-88460",
+    )
+)
+@click.argument("ident", metavar="ID")
+@with_loaded
+@click.option(
+    "--exclude",
+    "excluded",
+    multiple=True,
+    metavar="TOPIC:PARTITION:FROM-TO",
+    help="Learn without these offsets, FROM included and TO not: it is the first that is used again; repeatable.",
+)
+@_dry_run
+@_json
+def revert(loaded: "Loaded", ident: str, *, excluded: tuple[str, ...], dry_run: bool, as_json: bool) -> None:
+    """
+    Go back to this checkpoint and learn again from there.
+
+    Recorded in the chain at once; the next start puts newer checkpoints aside, learns all that follows anew without
+    the excluded ranges (and those excluded before), and publishes it again with the next revision. Readers tell by
+    `model.revision`: of two forecasts with the same coordinates the higher one counts.
+
+    Refused for a range that the checkpoint has learnt already, an input or a chain that is not retained from there
+    on, and (75) while the service runs. Needs the broker. To only load an older checkpoint, see `restore`.
+    """
+    from streamlstm.cli import reverting  # noqa: PLC0415, because of what this module says first
+
+    reverting.revert(loaded, ident, excluded, dry_run=dry_run, as_json=as_json)
+
+
+@checkpoint.command(
+    epilog=examples(
         "streamlstm checkpoint export latest -c forecasts.yaml --out /backup/forecasts.tar",
         "streamlstm checkpoint export 1200 -c forecasts.yaml --out forecasts-1200.tar",
     )
