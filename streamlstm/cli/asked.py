@@ -17,6 +17,7 @@ class Asked(NamedTuple):
     out: Path | None
     dead_letters: Path | None
     strict: bool
+    from_checkpoint: str | None = None
     checkpoint_to: Path | None = None
     resume: bool = False
 
@@ -33,6 +34,7 @@ class Asked(NamedTuple):
             "--score-from": self.score_from,
             "--standardise": self.standardise,
             "--cuts": self.recorded,
+            "--from-checkpoint": self.from_checkpoint,
             "--out": str(self.out.absolute()) if self.out else None,
             "--dead-letters": str(self.dead_letters.absolute()) if self.dead_letters else None,
         }

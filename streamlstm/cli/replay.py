@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         "streamlstm replay -c config/metrics-json.yaml --from year.ndjson --out f.jsonl --checkpoint-to year --resume",
         "streamlstm replay -c config/metrics-json.yaml --from metrics.raw --start 2026-01-01T00:00:00Z",
         "streamlstm replay -c config/metrics-json.yaml --cuts progress --json",
+        "streamlstm replay -c config/metrics-json.yaml --cuts progress --from-checkpoint latest --out f.jsonl --strict",
     )
 )
 @with_loaded
@@ -58,6 +59,13 @@ if TYPE_CHECKING:
     help="Write what could not be used to this NDJSON file.",
 )
 @click.option(
+    "--from-checkpoint",
+    metavar="ID|latest|PATH",
+    help="Begin with a checkpoint of the service, or one at a path, and not from nothing. With --cuts progress the "
+    "recorded steps after it are computed again; any other input is read as what comes next, and a series goes on "
+    "where topic, partition and key are the same (files are partition 0 of the first of source.topics).",
+)
+@click.option(
     "--checkpoint-to",
     type=click.Path(file_okay=False, path_type=Path),
     metavar="DIR",
@@ -80,6 +88,7 @@ def replay(
     cuts: str | None,
     out: Path | None,
     dead_letters: Path | None,
+    from_checkpoint: str | None,
     checkpoint_to: Path | None,
     resume: bool,
     strict: bool,
@@ -88,8 +97,11 @@ def replay(
     """
     Forecast history and score it.
 
-    Starts from nothing and touches no state of the service. Every forecast is scored when its truth arrives, and before
-    anything is learnt from it.
+    Starts from nothing, or from a checkpoint, and touches no state of the service. Every forecast is scored when its
+    truth arrives, and before anything is learnt from it.
+
+    With --checkpoint-to, a replay that was killed goes on with --resume and ends in the same bytes: forecasts, dead
+    letters, scores and weights. Say --resume from the first start on: where there is no checkpoint it begins.
     """
     # Imported here, because it loads torch, which takes longer than a help text may.
     from streamlstm.cli.asked import Asked  # noqa: PLC0415, because of the line above
@@ -106,6 +118,7 @@ def replay(
         out=out,
         dead_letters=dead_letters,
         strict=strict,
+        from_checkpoint=from_checkpoint,
         checkpoint_to=checkpoint_to,
         resume=resume,
     )

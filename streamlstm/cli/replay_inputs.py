@@ -7,14 +7,21 @@ from pathlib import Path
 
 import click
 
+from streamlstm import __version__
 from streamlstm.cli.asked import Asked
+from streamlstm.config.keys import changed, identity_values
 from streamlstm.config.model import Config
-from streamlstm.errors import LogGap, ProgressError, TopicChanged
-from streamlstm.records.batch import Messages, RecordBatch
+from streamlstm.errors import CheckpointError, ConfigError, LogGap, ProgressError, TopicChanged
+from streamlstm.records.batch import Messages, Range, RecordBatch
 from streamlstm.records.decode import Decoder, compile_decoder
-from streamlstm.recovery.progress import read_chain
+from streamlstm.recovery.archive import open_outside
+from streamlstm.recovery.checkpoint import open_store
+from streamlstm.recovery.generations import MANIFEST, Generation, Loaded, load_generation
+from streamlstm.recovery.inspection import LATEST, step_of
+from streamlstm.recovery.progress import Chain, Link, read_chain
+from streamlstm.recovery.resume import why_not_on
 from streamlstm.service.keeping import Begun
-from streamlstm.service.replay import Fed, feed_merged, feed_recorded, feed_source
+from streamlstm.service.replay import Fed, Made, Recorded, feed_merged, feed_recorded, feed_source
 from streamlstm.transport.deadline import Deadline
 from streamlstm.transport.files import FileSource
 from streamlstm.transport.interfaces import Frozen, Position, TopicIds
@@ -47,15 +54,17 @@ class Feed:
 
 
 @contextmanager
-def open_feed(config: Config, asked: Asked, begun: Begun | None) -> Generator[Feed, None, None]:
-    """The cuts that were asked for, from where ``begun`` ended."""
+def open_feed(
+    config: Config, asked: Asked, begun: Begun | None, base: Generation | None
+) -> Generator[Feed, None, None]:
+    """The cuts that were asked for, from where ``begun`` ended; recorded ones from where ``base`` stands."""
     if asked.recorded:
         unknown = [s for s in asked.sources if s not in config.source.topics]
         if unknown:
             raise click.UsageError(f"--cuts progress: {', '.join(unknown)} is not in source.topics")
         if asked.start or asked.end:
             raise click.UsageError("--cuts progress takes all that is recorded; leave --start and --end away")
-        feed = _open_recorded(config, asked, begun)
+        feed = _open_recorded(config, asked, begun, base)
     elif not asked.sources:
         raise click.UsageError("--from: name a file or a topic")
     elif is_of_files(config, asked):
@@ -187,47 +196,165 @@ def _check_ids(then: TopicIds, now: TopicIds) -> None:
     for topic, ident in sorted(then.items()):
         if now.get(topic) != ident:
             raise TopicChanged(
-                f"topic {topic} was re-created since the replay began (id {ident}, now {now.get(topic)}): its offsets "
-                "mean other records; begin again with another --checkpoint-to"
+                f"topic {topic} was re-created since (id {ident}, now {now.get(topic)}): its offsets mean other records"
             )
+
+
+def load_named(config: Config, name: str) -> Loaded:
+    """
+    A checkpoint of the service by its step or ``latest``, or what is at a path: one of its own, an archive, a store.
+
+    Reads only; a running service is not disturbed.
+    """
+    path = Path(name)
+    if name.isdigit() or not path.exists():
+        store = open_store(config.checkpoint.url)
+    elif path.is_dir() and not (path / MANIFEST).exists():
+        store, name = open_store(path), LATEST
+    else:
+        with open_outside(path) as outside:
+            return load_generation(outside.files, outside.step)
+    loaded = store.newest()[0] if name == LATEST else store.load(step_of(store, name))
+    if loaded is None:
+        raise CheckpointError(f"there is no checkpoint in {store.name}")
+    return loaded
+
+
+@dataclass(frozen=True, slots=True)
+class _Span:
+    """
+    Recorded steps: those after ``after`` up to ``last``, from ``positions`` on.
+
+    ``link`` is the record of the chain they follow. ``made`` is who computed those whose incarnation was trimmed away:
+    the one that wrote the checkpoint. ``known`` is what the chain says of the steps between: if it is another when the
+    replay goes on, what was computed already does not count any more.
+    """
+
+    link: Link | None
+    after: int
+    last: int
+    positions: tuple[Position, ...]
+    topic_ids: TopicIds
+    excluded: tuple[Range, ...]
+    made: Made | None
+    known: list[object]
+
+    def freeze(self) -> Frozen:
+        """All of it but where it begins."""
+        return Frozen(
+            {"link": self.link, "last": self.last, "excluded": self.excluded, "made": self.made, "known": self.known}
+        )
+
+    @classmethod
+    def thaw(cls, begun: Begun) -> "_Span":
+        """What :meth:`freeze` gave, from where the replay ended."""
+        told = begun.input.values
+        return cls(
+            link=Link(*told["link"]) if told["link"] else None,
+            after=begun.state.step,
+            last=told["last"],
+            positions=begun.provenance.positions,
+            topic_ids=begun.provenance.topic_ids,
+            excluded=tuple(Range(*r) for r in told["excluded"]),
+            made=Made(*told["made"]) if told["made"] else None,
+            known=told["known"],
+        )
+
+
+def _known(chain: Chain, last: int) -> list[object]:
+    """Which run it is, and what was passed over before this step."""
+    gaps = [[gap.after, gap.checkpoint, [list(r) for r in gap.ranges]] for gap in chain.gaps if gap.checkpoint < last]
+    return [chain.lineage, gaps]
+
+
+def _read_from(config: Config, deadline: Deadline, link: Link | None) -> Chain:
+    """The chain from this record on; all of it where the record is not there."""
+    log = KafkaProgressLog(config, deadline)
+    chain = read_chain(log.read(link.offset if link else 0), config.name)
+    return chain if link is None or chain.first == link else read_chain(log.read(), config.name)
+
+
+def _span(config: Config, deadline: Deadline, begun: Begun | None, base: Generation | None) -> tuple[Chain, _Span]:
+    """The recorded steps that are to be taken, and the chain that holds them."""
+    if begun:
+        span = _Span.thaw(begun)
+        chain = _read_from(config, deadline, span.link)
+        if _known(chain, span.last) != span.known:
+            raise ProgressError(
+                f"{config.progress_topic}: the deployment went back, or passed over offsets, since the replay began; "
+                "begin again with another --checkpoint-to"
+            )
+        return chain, span
+    if base:
+        made = base.provenance
+        keys = changed(made.settings.identity, identity_values(config))
+        if keys:
+            raise ConfigError(f"the checkpoint of step {base.step} was made with other values of {', '.join(keys)}")
+        chain = _read_from(config, deadline, made.progress)
+        if reason := why_not_on(chain, base):
+            raise CheckpointError(f"no recorded step follows the checkpoint of step {base.step}: {reason}")
+        return chain, _Span(
+            link=made.progress,
+            after=base.step,
+            last=chain.last_step,
+            positions=made.positions,
+            topic_ids=made.topic_ids,
+            excluded=made.excluded if chain.excluded is None else chain.excluded,
+            made=Made(made.settings.hash, made.fingerprint.get("streamlstm", __version__), made.revision),
+            known=_known(chain, chain.last_step),
+        )
+    chain = _read_from(config, deadline, None)
+    steps = chain.to_replay(0)
+    if chain.origin is None or (steps and steps[0].number != 1):
+        raise ProgressError(
+            f"{config.progress_topic} does not begin with the first step: it was trimmed, or nothing ran yet; take "
+            "--from-checkpoint, and with sink.progress.trim: false all cuts are kept"
+        )
+    return chain, _Span(
+        link=None,
+        after=0,
+        last=chain.last_step,
+        positions=tuple(Position(*position) for position in chain.origin.positions),
+        topic_ids=chain.origin.topic_ids,
+        excluded=chain.excluded or (),
+        made=None,
+        known=_known(chain, chain.last_step),
+    )
 
 
 @contextmanager
-def _open_recorded(config: Config, asked: Asked, begun: Begun | None) -> Generator[Feed, None, None]:
+def _open_recorded(
+    config: Config, asked: Asked, begun: Begun | None, base: Generation | None
+) -> Generator[Feed, None, None]:
     with _open_cluster(config) as cluster:
-        chain = read_chain(KafkaProgressLog(config, cluster.deadline).read(), config.name)
-        steps = chain.to_replay(0)
-        if chain.origin is None or (steps and steps[0].number != 1):
-            raise ProgressError(
-                f"{config.progress_topic} does not begin with the first step: it was trimmed, or nothing ran yet; "
-                "with sink.progress.trim: false all cuts are kept"
-            )
-        positions, ids = tuple(Position(*position) for position in chain.origin.positions), chain.origin.topic_ids
-        if begun:
-            positions = begun.provenance.positions
-            steps = [step for step in steps if step.number > begun.state.step]
-        cluster.source.seek(positions)
+        chain, span = _span(config, cluster.deadline, begun, base)
+        steps = [
+            Recorded(step.cut, step.digest, _made(chain, step.incarnation) or span.made)
+            for step in chain.to_replay(span.after)
+            if step.number <= span.last
+        ]
+        _check_ids(span.topic_ids, cluster.source.topic_ids())
+        cluster.source.seek(span.positions)
         left = sum(r.end - r.start for step in steps for r in step.cut)
         total = left + (begun.messages if begun else 0)
         yield Feed(
             cuts=_whole_cuts(
-                feed_recorded(
-                    [(step.cut, step.digest) for step in steps],
-                    cluster.source,
-                    config.runtime.deadline,
-                    chain.excluded or (),
-                ),
-                _left(asked, begun),
+                feed_recorded(steps, cluster.source, config.runtime.deadline, span.excluded), _left(asked, begun)
             ),
-            positions=positions,
+            positions=span.positions,
             decode=cluster.decoder.decode,
             total=min(total, asked.rows or total),
             unit="cuts",
             done=_itself,
             notes=cluster.notes,
-            topic_ids=lambda: ids,
-            freeze=lambda: Frozen(None),
+            topic_ids=lambda: span.topic_ids,
+            freeze=span.freeze,
         )
+
+
+def _made(chain: Chain, incarnation: str) -> Made | None:
+    maker = chain.incarnation(incarnation)
+    return maker and Made(maker.config, maker.fingerprint.get("streamlstm", __version__), maker.revision)
 
 
 def _whole_cuts(cuts: Iterable[Fed], rows: int | None) -> Iterator[Fed]:

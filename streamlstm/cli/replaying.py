@@ -10,7 +10,6 @@ from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import click
 import msgspec
@@ -18,9 +17,10 @@ import structlog
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
+from streamlstm import __version__
 from streamlstm.cli.asked import Asked
 from streamlstm.cli.device import prepare_device
-from streamlstm.cli.replay_inputs import Feed, is_of_files, open_feed
+from streamlstm.cli.replay_inputs import Feed, is_of_files, load_named, open_feed
 from streamlstm.cli.result import Result, as_json_text, as_lines
 from streamlstm.config.keys import config_hash, identity_values, learning_values
 from streamlstm.config.model import Config
@@ -33,13 +33,13 @@ from streamlstm.recovery.background import BackgroundWriter, in_a_thread
 from streamlstm.recovery.checkpoint import CheckpointStore, open_store
 from streamlstm.recovery.disk import Disk
 from streamlstm.recovery.fingerprint import compare_fingerprints, take_fingerprint
-from streamlstm.recovery.generations import Settings
+from streamlstm.recovery.generations import Loaded, Settings
 from streamlstm.recovery.resume import EngineMaker, Steppable
 from streamlstm.service.daemon import CheckpointSchedule
 from streamlstm.service.encode import ForecastEncoder
 from streamlstm.service.keeping import Begun, Clocks, Keeper, Live, Terms, take_up
 from streamlstm.service.logging import configure_logging
-from streamlstm.service.replay import Summary, Tally, replay
+from streamlstm.service.replay import Fed, Made, Summary, Tally, replay
 from streamlstm.service.stopping import Stop, signals_stop
 from streamlstm.transport.appended import AppendedFile, Output
 from streamlstm.transport.deadline import leave
@@ -48,7 +48,7 @@ from streamlstm.transport.interfaces import Frozen, OutMessage
 
 _LINES = {".jsonl", ".ndjson"}
 
-Each = Callable[[StepReport, Messages], None]
+Each = Callable[[StepReport, Fed], None]
 """Told of every step."""
 
 
@@ -85,8 +85,10 @@ def replay_history(config: Config, asked: Asked, *, as_json: bool, machine: Mach
     with ExitStack() as stack:
         store = _open_store(stack, config, asked, machine.disk)
         begun = _take_up(config, asked, store, machine) if store and asked.resume else None
-        feed = stack.enter_context(open_feed(config, asked, begun))
-        engine = _restored(machine.maker, begun) if begun else machine.maker.create()
+        base = None if begun or asked.from_checkpoint is None else load_named(config, asked.from_checkpoint)
+        feed = stack.enter_context(open_feed(config, asked, begun, base and base.generation))
+        engine = _make_engine(machine.maker, begun, base)
+        del base  # the engine has its own copy
         tally = Tally(config.model.horizons, asked.score_from, asked.standardise or 0, begun and begun.tally)
         outputs = _open_outputs(stack, config, asked, tally, begun, machine.disk)
         listeners: list[Each] = [opened.write for opened in outputs.values()]
@@ -100,9 +102,9 @@ def replay_history(config: Config, asked: Asked, *, as_json: bool, machine: Mach
             keeper = _keeper(stack, config, asked, begun, machine, store, live, began_s)
             listeners.append(keeper.after)
 
-        def each(report: StepReport, messages: Messages) -> None:
+        def each(report: StepReport, fed: Fed) -> None:
             for listener in listeners:
-                listener(report, messages)
+                listener(report, fed)
 
         replay(feed.cuts, feed.decode, engine, tally, each)
         if keeper and not (begun and begun.finished and engine.step_number == begun.state.step):
@@ -208,18 +210,18 @@ def _keeper(
     )
 
 
-def _restored(maker: EngineMaker, begun: Begun) -> Steppable:
+def _make_engine(maker: EngineMaker, begun: Begun | None, base: Loaded | None) -> Steppable:
+    """Going on, from a checkpoint, or from nothing."""
+    state = begun.state if begun else base.state if base else None
+    if state is None:
+        return maker.create()
     try:
-        return maker.restore(begun.state)
+        return maker.restore(state)
     except ValueError as error:
-        raise ConfigError(f"the state does not fit the configuration: {error}") from error
+        raise ConfigError(f"the state of step {state.step} does not fit the configuration: {error}") from error
 
 
 # Where forecasts and dead letters go.
-
-
-class _Write(Protocol):
-    def __call__(self, report: StepReport, messages: Messages, /) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,14 +229,14 @@ class _Opened:
     """An output, and what it takes of a step."""
 
     output: Output
-    write: _Write
+    write: Each
 
 
 def _open_outputs(
     stack: ExitStack, config: Config, asked: Asked, tally: Tally, begun: Begun | None, disk: Disk
 ) -> dict[str, _Opened]:
     """What was asked for, by option; begun anew, or as long as ``begun`` says."""
-    encoder = ForecastEncoder(config_hash(config), config.model.horizons)
+    encode = _Encoders(config)
     opened: dict[str, _Opened] = {}
     for option, path in (("--out", asked.out), ("--dead-letters", asked.dead_letters)):
         if path is None:
@@ -243,17 +245,36 @@ def _open_outputs(
             raise click.UsageError(f"{option}: {path} is no file, and a replay that goes on cuts it back")
         frozen = begun.outputs[option] if begun else None
         if option == "--dead-letters":
-            opened[option] = _lines(AppendedFile(path, disk, frozen), lambda r, m: _letters(encoder, r, m))
+            opened[option] = _lines(
+                AppendedFile(path, disk, frozen), lambda report, fed: _letters(encode.of(fed), report, fed.messages)
+            )
         elif path.suffix.lower() in _LINES:
-            opened[option] = _lines(AppendedFile(path, disk, frozen), lambda r, _: _values(encoder, r))
+            opened[option] = _lines(
+                AppendedFile(path, disk, frozen), lambda report, fed: _values(encode.of(fed), report)
+            )
         else:
             opened[option] = _table(path, disk, tally, frozen, begun, keep=asked.checkpoint_to is not None)
         stack.callback(opened[option].output.close)
     return opened
 
 
-def _lines(file: AppendedFile, encode: Callable[[StepReport, Messages], bytes]) -> _Opened:
-    return _Opened(file, lambda report, messages: file.append(encode(report, messages)))
+class _Encoders:
+    """An encoder for every configuration, version and revision that steps were made under; of files, for this one."""
+
+    def __init__(self, config: Config) -> None:
+        self._horizons = config.model.horizons
+        self._here = Made(config_hash(config), __version__, 0)
+        self._made: dict[Made, ForecastEncoder] = {}
+
+    def of(self, fed: Fed) -> ForecastEncoder:
+        made = fed.made or self._here
+        if made not in self._made:
+            self._made[made] = ForecastEncoder(made.config_hash, self._horizons, made.revision, made.version)
+        return self._made[made]
+
+
+def _lines(file: AppendedFile, encode: Callable[[StepReport, Fed], bytes]) -> _Opened:
+    return _Opened(file, lambda report, fed: file.append(encode(report, fed)))
 
 
 def _table(path: Path, disk: Disk, tally: Tally, frozen: Frozen | None, begun: Begun | None, *, keep: bool) -> _Opened:
@@ -300,7 +321,7 @@ def _progress(feed: Feed, tally: Tally) -> Generator[Each, None, None]:
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(f"replaying {feed.unit}", total=feed.total, messages=0)
 
-        def advance(_report: StepReport, _messages: Messages) -> None:
+        def advance(_report: StepReport, _fed: Fed) -> None:
             seen = tally.summary.messages
             bar.update(task, completed=feed.done(seen), messages=seen)
 

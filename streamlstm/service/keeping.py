@@ -13,13 +13,12 @@ from streamlstm.config.keys import changed
 from streamlstm.engine.report import StepReport
 from streamlstm.engine.state import EngineState
 from streamlstm.errors import CheckpointError, CheckpointNotWritten, ConfigError, Temporary
-from streamlstm.records.batch import Messages
 from streamlstm.recovery.background import BackgroundWriter, Failed, Outcome
 from streamlstm.recovery.checkpoint import CheckpointStore, Refused
 from streamlstm.recovery.generations import Provenance, Settings
 from streamlstm.recovery.progress import positions_after
 from streamlstm.service.daemon import CheckpointSchedule, Log
-from streamlstm.service.replay import Tally, pack, unpack
+from streamlstm.service.replay import Fed, Tally, pack, unpack
 from streamlstm.service.stopping import Stop
 from streamlstm.transport.appended import Output
 from streamlstm.transport.interfaces import Frozen, Position, TopicIds
@@ -158,13 +157,13 @@ class Keeper:
         self._clocks, self._log, self._stop = clocks, log, stop
         self._positions = live.positions
 
-    def after(self, report: StepReport, messages: Messages) -> None:
+    def after(self, report: StepReport, fed: Fed) -> None:
         """
         One step is done: take a generation if one is due.
 
         Asked to stop, it takes one whatever is due, and raises :class:`~streamlstm.errors.Temporary`.
         """
-        self._positions = positions_after(self._positions, [messages.cut])
+        self._positions = positions_after(self._positions, [fed.messages.cut])
         self._schedule.consumed(len(report.batch) + len(report.batch.rejected))
         self._heed(self._writer.poll())
         if self._stop.requested:

@@ -32,11 +32,28 @@ class Steppable(Protocol):
         ...
 
 
+class Made(NamedTuple):
+    """Under what a step was computed when it was live: of what a forecast says of itself, all but the numbers."""
+
+    config_hash: str
+    version: str
+    revision: int
+
+
 class Fed(NamedTuple):
-    """One cut to replay, and the digest (hex) that its outputs had when they were live, where that was recorded."""
+    """One cut to replay; where it was recorded, the digest (hex) of its outputs when it was live, and who made them."""
 
     messages: Messages
     digest: str | None = None
+    made: Made | None = None
+
+
+class Recorded(NamedTuple):
+    """One recorded step. ``digest`` is ``None`` where it says nothing any more."""
+
+    cut: Cut
+    digest: str | None
+    made: Made | None = None
 
 
 class ReadsCuts(Protocol):
@@ -128,13 +145,13 @@ def replay(
     decode: Callable[[Messages], RecordBatch],
     engine: Steppable,
     tally: Tally,
-    each: Callable[[StepReport, Messages], None],
+    each: Callable[[StepReport, Fed], None],
 ) -> None:
     """Drive ``engine`` over ``feed``; ``each`` is told of every step once it was counted and scored."""
-    for messages, recorded in feed:
-        report = engine.step(decode(messages))
-        tally.add(report, len(messages), recorded)
-        each(report, messages)
+    for fed in feed:
+        report = engine.step(decode(fed.messages))
+        tally.add(report, len(fed.messages), fed.digest)
+        each(report, fed)
 
 
 def pack(parts: Mapping[str, Frozen]) -> Frozen:
@@ -172,12 +189,12 @@ def feed_source(
 
 
 def feed_recorded(
-    steps: Iterable[tuple[Cut, str | None]], source: ReadsCuts, timeout_s: float, excluded: Sequence[Range] = ()
+    steps: Iterable[Recorded], source: ReadsCuts, timeout_s: float, excluded: Sequence[Range] = ()
 ) -> Generator[Fed, None, None]:
     """The recorded cuts without the excluded ranges, each with its digest, if it still says something."""
-    for cut, digest in steps:
+    for cut, digest, made in steps:
         messages, _ = drop_excluded(source.read(cut, timeout_s), excluded)
-        yield Fed(messages, digest)
+        yield Fed(messages, digest, made)
 
 
 def feed_merged(

@@ -8,6 +8,7 @@ from deployment import Deployment
 from service import Service, wait_for
 
 from streamlstm.cli.main import main
+from streamlstm.recovery.checkpoint import open_store
 from streamlstm.recovery.progress import read_chain
 
 START_S = 1_795_075_200
@@ -31,6 +32,19 @@ def service(deployment: Deployment, tmp_path: Path) -> Generator[Service, None, 
     made = Service(deployment, tmp_path / "service", sink={"progress": {"trim": False}})
     yield made
     made.close()
+
+
+def consumed(deployment: Deployment, records: int) -> None:
+    """Wait until both partitions were committed so far."""
+    ends = {(deployment.input, p): records for p in (0, 1)}
+    wait_for(
+        lambda: read_chain(deployment.progress().read(), deployment.name).positions == ends, 60, "all was consumed"
+    )
+
+
+def coordinates(value: bytes) -> tuple[int, int, int]:
+    told = json.loads(value)["source"]
+    return told["partition"], told["offset"], told["row"]
 
 
 def replay(capsys: pytest.CaptureFixture[str], service: Service, *argv: object) -> dict:
@@ -67,13 +81,78 @@ def test_recorded_cuts_give_what_the_live_run_gave(
     fill(deployment)
     service.start()
     service.wait_ready()
-    ends = {(deployment.input, p): 60 for p in (0, 1)}
-    wait_for(
-        lambda: read_chain(deployment.progress().read(), deployment.name).positions == ends, 60, "all was consumed"
-    )
+    consumed(deployment, 60)
     assert service.stop() == 0
     said = replay(capsys, service, "--cuts", "progress")
     steps = read_chain(deployment.progress().read(), deployment.name).last_step
     assert said["messages"] == 120
     assert said["steps"] == said["recorded_digests"]["compared"] == steps
     assert said["recorded_digests"]["differing"] == 0
+
+
+def test_from_a_checkpoint_on_the_published_bytes_are_computed_again_beside_the_running_service(
+    deployment: Deployment, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The front of the chain is trimmed, so that there is no other way to them; and nothing of the service is moved."""
+    every = {"url": str(tmp_path / "service/state"), "every": {"records": 20}, "keep": {"last": 3}}
+    fill(deployment, 200)
+    service = Service(
+        deployment,
+        tmp_path / "service",
+        source={
+            "bootstrap_servers": deployment.cluster.bootstrap, "topics": [deployment.input], "poll": {"max_records": 9}
+        },
+        checkpoint=every,
+    )  # fmt: skip
+    try:
+        service.start()
+        service.wait_ready()
+        consumed(deployment, 200)
+        store = open_store(every["url"])
+        wait_for(lambda: len(store.steps()) == 3, 30, "old checkpoints are pruned")
+        positions = {p.partition: p.next_offset for p in store.verify(store.steps()[0]).provenance.positions}
+        assert 0 < sum(positions.values()) < 400
+        out = tmp_path / "f.jsonl"
+        options = ["--cuts", "progress", "--from-checkpoint", store.steps()[0], "--out", out]
+        said = replay(capsys, service, *options)
+        assert said["recorded_digests"] == {"compared": said["steps"], "differing": 0}
+        assert service.child is not None
+        assert service.child.poll() is None
+        assert service.stop() == 0
+    finally:
+        service.close()
+    published = [
+        value
+        for value in deployment.committed(deployment.config.forecast_topic)
+        if coordinates(value)[1] >= positions[coordinates(value)[0]]
+    ]
+    assert published
+    assert sorted(out.read_bytes().splitlines(), key=coordinates) == sorted(published, key=coordinates)
+
+
+@pytest.mark.parametrize("which", ["topic", "cuts"])
+def test_a_replay_of_a_topic_that_was_interrupted_goes_on_to_the_end_it_had(
+    deployment: Deployment, service: Service, tmp_path: Path, capsys: pytest.CaptureFixture[str], which: str
+) -> None:
+    fill(deployment, 400)
+    if which == "cuts":
+        service.start()
+        service.wait_ready()
+        consumed(deployment, 400)
+        assert service.stop() == 0
+    options = ["--cuts", "progress"] if which == "cuts" else ["--from", deployment.input]
+    outs = {run: ["--out", tmp_path / f"{run}.jsonl", "--dead-letters", tmp_path / f"{run}.dead"] for run in "ab"}
+    calm = replay(capsys, service, *options, *outs["a"])
+
+    kept = [*options, *outs["b"], "--checkpoint-to", tmp_path / "kept"]
+    part = replay(capsys, service, *kept, "--rows", 500)
+    assert 500 <= part["messages"] < 800
+    fill(deployment, 10)  # what came later is not part of a replay that had begun
+    whole = replay(capsys, service, *kept, "--resume")
+
+    for said in (calm, whole):
+        del said["seconds"]
+    assert whole == calm
+    for suffix in (".jsonl", ".dead"):
+        assert (tmp_path / f"b{suffix}").read_bytes() == (tmp_path / f"a{suffix}").read_bytes()
+    assert len((tmp_path / "a.jsonl").read_bytes().splitlines()) == 799

@@ -8,7 +8,7 @@ from reports import SECOND_NS, START_NS, make_messages, make_report, make_update
 
 from streamlstm.engine.report import EXPERTS, Outcome, StepReport
 from streamlstm.records.batch import Cut, Messages, Range, RecordBatch, Rejected
-from streamlstm.service.replay import Fed, Tally, feed_merged, feed_recorded, feed_source, replay
+from streamlstm.service.replay import Fed, Recorded, Tally, feed_merged, feed_recorded, feed_source, replay
 from streamlstm.transport.interfaces import Position
 
 
@@ -163,7 +163,9 @@ def test_a_partition_far_behind_does_not_make_the_others_pile_up() -> None:
 
 def test_recorded_cuts_are_read_as_they_were() -> None:
     log = Log({0: [(o, 0) for o in range(9)]})
-    fed = list(feed_recorded([((Range("in", 0, 0, 4),), "aa"), ((Range("in", 0, 4, 9),), "bb")], log, 1.0))
+    fed = list(
+        feed_recorded([Recorded((Range("in", 0, 0, 4),), "aa"), Recorded((Range("in", 0, 4, 9),), "bb")], log, 1.0)
+    )
     assert [(len(f.messages), f.digest) for f in fed] == [(4, "aa"), (5, "bb")]
 
 
