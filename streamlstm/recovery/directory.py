@@ -56,13 +56,17 @@ class Directory:
         try:
             if not self.directory.exists():
                 self._disk.make_directory(self.directory)
-                self._disk.sync_directory(self.directory.parent)
             if not self.directory.is_dir():
                 raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
             if not os.access(self.directory, os.W_OK | os.X_OK | os.R_OK):
                 raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
             self._take_lock()
+            if not self.steps():
+                # Whoever made the directory may have been cut off before its name was safe, and then all in it is not.
+                self._disk.sync_directory(self.directory.parent)
             self._sweep()
+            # A generation may be there whose writer was killed between the rename and this: seen, but not yet safe.
+            self._disk.sync_directory(self.directory)
         except OSError:
             self.close()
             raise
@@ -134,7 +138,6 @@ class Directory:
 
     def _sweep(self) -> None:
         """Remove unfinished attempts; finish or undo a replacement that was cut in the middle."""
-        changed = False
         for name in self._names():
             path = self.directory / name
             if name.startswith(_TEMPORARY):
@@ -145,9 +148,6 @@ class Directory:
                     self._disk.remove_tree(path)
                 else:
                     self._disk.rename(path, current)
-                changed = True
-        if changed:
-            self._disk.sync_directory(self.directory)
 
 
 class DirectoryAttempt:

@@ -504,8 +504,9 @@ def test_whichever_operation_fails_the_previous_generation_loads(tmp_path, numbe
         first = open_store(directory).open()
         write(first, 1)
         first.close()
-        disk = Failing(at, number)
+        disk = Failing(0, number)
         store = open_store(directory, disk).open()
+        disk.at, disk.count = at, 0
         error = attempt(store)
         if error is None:
             assert not disk.failed
@@ -589,8 +590,9 @@ def test_whichever_operation_of_a_replacement_fails_one_of_the_two_is_there(tmp_
         first = open_store(directory).open()
         first.write(state(2), provenance(1))
         first.close()
-        disk = Failing(at, errno.ENOSPC)
+        disk = Failing(0, errno.ENOSPC)
         store = open_store(directory, disk).open()
+        disk.at, disk.count = at, 0
         error = attempt(store)
         loaded, refused = store.newest()
         assert loaded is not None
