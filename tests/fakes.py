@@ -24,7 +24,7 @@ from streamlstm.recovery.checkpoint import open_store
 from streamlstm.recovery.disk import Disk
 from streamlstm.recovery.generations import Settings
 from streamlstm.recovery.resume import EngineMaker, Ready, Terms, World, resume
-from streamlstm.service.daemon import Daemon, Pace, Startup
+from streamlstm.service.daemon import Daemon, Encode, Pace, Startup
 from streamlstm.service.observer import Observers
 from streamlstm.service.stopping import Stop
 from streamlstm.transport.interfaces import Fenced, OutMessage, Outputs, Position, ProgressEntry
@@ -519,6 +519,7 @@ class Process:
         )
         self.terms = Terms(settings, start, fingerprint(cpu), on_mismatch, read_timeout_s=1.0)
         self.pace, self.keep = pace, keep
+        self.encoder: Encode = TinyEncoder()
         self.ready: Ready | None = None
         self.daemon: Daemon | None = None
 
@@ -527,11 +528,22 @@ class Process:
         startup = Startup(self.watching, self.journal, self.stop, self.clock)
         self.ready = resume(self.world, self.terms, startup)
         startup.ready(self.ready)
-        writer = BackgroundWriter(self.store, self.keep, start=lambda work: work())
         self.daemon = Daemon(
-            self.world, self.terms, self.ready, self.pace, TinyEncoder(), self.watching, self.journal, self.stop, writer
+            self.world,
+            self.terms,
+            self.ready,
+            self.pace,
+            self.encoder,
+            self.watching,
+            self.journal,
+            self.stop,
+            self.writer(),
         )
         return self.ready
+
+    def writer(self) -> BackgroundWriter:
+        """Writes at once, in the loop's own thread."""
+        return BackgroundWriter(self.store, self.keep, start=lambda work: work())
 
     def run(self) -> TinyEngine:
         """A whole life. What the operating system does when a process ends is done here too: the lock is let go."""

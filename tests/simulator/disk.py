@@ -1,0 +1,211 @@
+"""
+A disk that keeps its word to the letter and no further.
+
+What a process sees is a real directory. Beside it stands a model of what would be there after a power cut: any subset
+of what was not synced, in any order, writes torn. An fsync of a file keeps its bytes and not its name; one of a
+directory keeps its names. A failed fsync loses the pages for good, and the next one reports a success that never
+happened.
+"""
+
+import os
+import random
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import BinaryIO
+
+from simulator.weather import Weather
+from streamlstm.recovery.disk import Disk
+
+
+@dataclass(eq=False)
+class Inode:
+    """
+    A file or a directory: what the process sees, what is safe, and what may or may not have reached the disk.
+
+    ``names`` is ``None`` for a file. ``lost``: an fsync failed, and what was written until then is nowhere but in the
+    page cache.
+    """
+
+    names: dict[str, "Inode"] | None = None
+    safe: dict[str, "Inode"] = field(default_factory=dict)
+    bytes: dict[int, bytes] = field(default_factory=dict)
+    pending: list[tuple] = field(default_factory=list)
+    size: int = 0
+    lost: bool = False
+
+
+class Kernel:
+    """The file system below ``root``, which outlives processes. ``broken`` lists what nobody may do to a disk."""
+
+    def __init__(self, root: Path) -> None:
+        root.mkdir()
+        self.root = root
+        self.tree = Inode(names={})
+        self.broken: list[str] = []
+
+    def at(self, path: Path) -> Inode:
+        found = self.tree
+        for name in path.relative_to(self.root).parts:
+            assert found.names is not None
+            found = found.names[name]
+        return found
+
+    def add(self, path: Path, inode: Inode) -> None:
+        parent = self.at(path.parent)
+        assert parent.names is not None
+        parent.names[path.name] = inode
+        parent.pending.append(("add", path.name, inode))
+
+    def move(self, old: Path, new: Path) -> None:
+        parent = self.at(old.parent)
+        assert parent.names is not None
+        inode = parent.names.pop(old.name)
+        if not new.name.startswith(".tmp-") and any(child.lost for child in (inode.names or {}).values()):
+            self.broken.append(f"{new.name} was announced with a file whose fsync had failed")
+        parent.names[new.name] = inode
+        parent.pending.append(("move", old.name, new.name, inode))
+
+    def remove(self, path: Path) -> None:
+        parent = self.at(path.parent)
+        assert parent.names is not None
+        parent.names.pop(path.name)
+        parent.pending.append(("remove", path.name))
+
+    def sync(self, inode: Inode, what: str) -> None:
+        if inode.lost:
+            self.broken.append(f"fsync of {what} was tried again after it had failed")
+            return
+        if inode.names is None:
+            inode.bytes.update(inode.pending)
+        else:
+            for operation in inode.pending:
+                _apply(inode.safe, operation)
+        inode.pending.clear()
+
+    def lose(self, inode: Inode) -> None:
+        """An fsync failed: the pages are called clean and are gone; a directory's journal is what it was."""
+        if inode.names is None:
+            inode.pending.clear()
+            inode.lost = True
+
+    def power_cut(self, rng: random.Random) -> None:
+        """Everything that was not safe comes or goes as it likes, and what is there then is all there is."""
+        shutil.rmtree(self.root)
+        self.tree = _leave(self.tree, self.root, rng)
+
+    def adopt(self) -> None:
+        """What was put there by other hands is safe."""
+        self.tree = _model(self.root)
+
+
+def _apply(names: dict[str, Inode], operation: tuple) -> None:
+    if operation[0] == "add":
+        names[operation[1]] = operation[2]
+    elif operation[0] == "remove":
+        names.pop(operation[1], None)
+    else:
+        names.pop(operation[1], None)
+        names[operation[2]] = operation[3]
+
+
+def _leave(inode: Inode, path: Path, rng: random.Random) -> Inode:
+    """Put on the real disk one of the things that may be there after the power came back."""
+    if inode.names is None:
+        held = dict(inode.bytes)
+        for at, data in inode.pending:
+            if rng.random() < 0.5:
+                held[at] = data[: rng.randrange(len(data) + 1)] if rng.random() < 0.5 else data
+        with path.open("wb") as file:
+            for at, data in sorted(held.items()):
+                file.seek(at)
+                file.write(data)
+        path.chmod(0o600)
+        return Inode(bytes=held, size=path.stat().st_size)
+    path.mkdir(mode=0o700)
+    names = dict(inode.safe)
+    for operation in inode.pending:
+        if rng.random() < 0.5:
+            _apply(names, operation)
+    left = {name: _leave(child, path / name, rng) for name, child in names.items()}
+    return Inode(names=left, safe=dict(left))
+
+
+def _model(path: Path) -> Inode:
+    if path.is_dir():
+        names = {child.name: _model(child) for child in sorted(path.iterdir()) if child.name != "lock"}
+        return Inode(names=names, safe=dict(names))
+    data = path.read_bytes()
+    return Inode(bytes={0: data}, size=len(data))
+
+
+class SimulatedDisk(Disk):
+    """One process's hands on the disk: before each operation it may die, or the operation may fail."""
+
+    def __init__(self, kernel: Kernel, weather: Weather) -> None:
+        self.kernel, self.weather = kernel, weather
+        self.open: dict[int, tuple[Inode, str]] = {}
+
+    def _before(self, operation: str, path: Path | str) -> None:
+        name = f"{operation} {path.relative_to(self.kernel.root) if isinstance(path, Path) else path}"
+        self.weather.point(name)
+        if number := self.weather.disk(operation, name):
+            raise OSError(number, os.strerror(number))
+
+    def make_directory(self, path: Path) -> None:
+        self._before("mkdir", path)
+        super().make_directory(path)
+        self.kernel.add(path, Inode(names={}))
+
+    def create(self, path: Path) -> BinaryIO:
+        self._before("create", path)
+        file = super().create(path)
+        inode = Inode()
+        self.open[file.fileno()] = (inode, str(path.relative_to(self.kernel.root)))
+        self.kernel.add(path, inode)
+        return file
+
+    def write(self, file: BinaryIO, data: bytes | memoryview) -> None:
+        inode, name = self.open[file.fileno()]
+        half = len(data) // 2
+        self._put(file, inode, data[:half])  # a write that fails or is cut has done some of its work
+        self._before("write", name)
+        self._put(file, inode, data[half:])
+
+    def _put(self, file: BinaryIO, inode: Inode, data: bytes | memoryview) -> None:
+        if len(data) and not self.weather.dead:
+            super().write(file, data)
+            inode.pending.append((inode.size, bytes(data)))
+            inode.size += len(data)
+
+    def sync(self, file: BinaryIO) -> None:
+        self._sync(*self.open[file.fileno()])
+
+    def sync_directory(self, path: Path) -> None:
+        name = str(path.relative_to(self.kernel.root))
+        self._sync(self.kernel.at(path), name)
+
+    def _sync(self, inode: Inode, name: str) -> None:
+        try:
+            self._before("fsync", name)
+        except OSError:
+            self.kernel.lose(inode)
+            raise
+        self.kernel.sync(inode, name)
+
+    def rename(self, old: Path, new: Path) -> None:
+        self._before("rename", new)
+        super().rename(old, new)
+        self.kernel.move(old, new)
+
+    def remove_tree(self, path: Path) -> None:
+        """Name by name, as the real one does: it may be cut in the middle."""
+        if path.is_dir() and not path.is_symlink():
+            for child in sorted(path.iterdir()):
+                self.remove_tree(child)
+        self._before("unlink", path)
+        if path.is_dir() and not path.is_symlink():
+            path.rmdir()
+        else:
+            path.unlink()
+        self.kernel.remove(path)

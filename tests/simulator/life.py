@@ -1,0 +1,174 @@
+"""One life of the service in the simulated world, and how it ended."""
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from fakes import SETTINGS, Crash, Encode, Process, TinyEncoder, TinyEngine, decode
+from streams import small_config
+
+from simulator.disk import Kernel, SimulatedDisk
+from simulator.log import Input, Output, SimulatedProgress, SimulatedPublisher, SimulatedSource
+from simulator.weather import Beside, Weather
+from streamlstm.config.model import Config
+from streamlstm.engine.core import Engine
+from streamlstm.errors import StreamlstmError
+from streamlstm.records.batch import Messages, RecordBatch
+from streamlstm.recovery.background import BackgroundWriter, Outcome
+from streamlstm.recovery.checkpoint import CheckpointStore
+from streamlstm.recovery.resume import EngineMaker
+from streamlstm.service.daemon import Pace
+from streamlstm.service.encode import ForecastEncoder
+from streamlstm.service.stopping import Stop
+
+SECOND_NS = 10**9
+
+
+@dataclass(frozen=True)
+class Mind:
+    """Which engine, how messages reach it, and how its forecasts leave it."""
+
+    maker: EngineMaker
+    decode: Callable[[Messages], RecordBatch]
+    encoder: Encode
+
+
+def tiny() -> Mind:
+    return Mind(EngineMaker(TinyEngine, TinyEngine.restore), decode, TinyEncoder())
+
+
+def real() -> Mind:
+    torch.set_num_threads(1)  # as the service does
+    config = small_config(training={"k1": 2, "k2": 6, "batch_series": 3, "max_wait": 12})
+    return Mind(
+        EngineMaker(lambda: Engine.create(config, "cpu"), lambda state: Engine.restore(config, "cpu", state)),
+        timed,
+        ForecastEncoder("0" * 64, config.model.horizons),
+    )
+
+
+def timed(messages: Messages) -> RecordBatch:
+    """As the tiny engine's, ten seconds apart by offset."""
+    batch = decode(messages)
+    return replace(batch, time_ns=batch.offset * np.int64(10 * SECOND_NS))
+
+
+CONFIG = Config.model_validate({
+    "name": "n",
+    "source": {"bootstrap_servers": ["nowhere:1"], "topics": ["in"]},
+    "decode": {"series_id": ["$.key"], "timestamp": {"path": "$.ts"}, "target": "$.value"},
+})  # fmt: skip
+
+
+@dataclass
+class World:
+    """What outlives a process."""
+
+    mind: Mind
+    input: Input
+    output: Output
+    kernel: Kernel
+    pace: Pace
+    keep: int = 2
+    ids: int = 0
+
+    @property
+    def directory(self) -> Path:
+        return self.kernel.root / "state"
+
+    def store(self) -> CheckpointStore:
+        return CheckpointStore(self.directory)
+
+
+class PatientStop(Stop):
+    """Waiting moves the clock and takes no time."""
+
+    def __init__(self, advance: Callable[[float], None]) -> None:
+        super().__init__()
+        self._advance = advance
+
+    def wait(self, timeout_s: float) -> bool:
+        self._advance(timeout_s)
+        return self.requested
+
+    def left_s(self, timeout_s: float) -> float:
+        return timeout_s
+
+
+class MovedWriter(BackgroundWriter):
+    """Whoever waits for the outcome lets the thread run to its end."""
+
+    def __init__(self, store: CheckpointStore, keep: int, beside: Beside) -> None:
+        super().__init__(store, keep, start=beside.start)
+        self._beside = beside
+
+    def poll(self, timeout_s: float = 0.0) -> Outcome | None:
+        if timeout_s > 0:
+            self._beside.finish()
+        return super().poll()
+
+
+class Life(Process):
+    """A process under its weather. :attr:`announced` is the newest checkpoint that it believes durable."""
+
+    def __init__(self, world: World, weather: Weather, sizes: tuple[int, ...] = (7,)) -> None:
+        disk = SimulatedDisk(world.kernel, weather)
+        super().__init__(
+            world.input, world.directory, weather, pace=world.pace, keep=world.keep, sizes=sizes, disk=disk
+        )
+        self.weather, self.outside = weather, world
+        self.stop = PatientStop(self.clock.advance)
+        self.source = SimulatedSource(world.input, weather, self.clock, sizes, at_end=self.stop.request)
+        self.publisher = SimulatedPublisher(CONFIG, world.output, weather)
+        self.encoder = world.mind.encoder
+        self.world = replace(
+            self.world,
+            source=self.source,
+            publisher=self.publisher,
+            progress=SimulatedProgress(world.output, CONFIG.progress_topic, weather, self.clock),
+            decode=world.mind.decode,
+            maker=world.mind.maker,
+            new_id=self._new_id,
+        )
+        self.end: str | StreamlstmError = "running"
+
+    def _new_id(self) -> str:
+        self.outside.ids += 1
+        return f"{self.outside.ids:016x}"
+
+    def writer(self) -> BackgroundWriter:
+        return MovedWriter(self.store, self.keep, self.weather.beside)
+
+    def live(self) -> Any:
+        """From start to end, whatever the end: :attr:`end` says which. The engine, if it stopped cleanly."""
+        engine = None
+        try:
+            engine = self.run()
+            self.end = "stopped"
+        except Crash:
+            self.end = "killed"
+        except StreamlstmError as error:
+            self.end = error
+        finally:
+            self.weather.end()
+        how = self.end if isinstance(self.end, str) else f"exit {self.end.exit_code}: {self.end}"
+        self.weather.tell(f"{how}{'' if self.ready else ', before it was ready'}")
+        return engine
+
+    @property
+    def announced(self) -> int:
+        """The newest step that was said to be durable, or -1."""
+        steps = [c.step for c in self.watching.checkpoints if c.outcome == "written"]
+        started = [self.ready.generation.step] if self.ready else []
+        return max(steps + started, default=-1)
+
+
+def sizes(rng: random.Random) -> tuple[int, ...]:
+    return tuple(rng.randrange(1, 14) for _ in range(rng.randrange(1, 5)))
+
+
+SETTINGS_NAME = SETTINGS.name

@@ -1,0 +1,390 @@
+"""
+One run: lives that end badly, one after the other, then one that does not, and the oracle over all of them.
+"""
+
+import collections
+import random
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from fakes import PACE
+
+from simulator.disk import Kernel
+from simulator.life import CONFIG, SETTINGS_NAME, Life, World, real, sizes, tiny
+from simulator.log import Input, Output, SimulatedSource
+from simulator.weather import DISK, Weather
+from streamlstm.errors import (
+    CheckpointError,
+    CheckpointNotWritten,
+    ConfigError,
+    LogGap,
+    ProgressError,
+    StreamlstmError,
+    Superseded,
+    Temporary,
+    TopicChanged,
+    Unavailable,
+)
+from streamlstm.records.batch import Cut
+from streamlstm.recovery.checkpoint import CheckpointStore
+from streamlstm.recovery.progress import Chain, read_chain
+from streamlstm.transport.interfaces import ProgressEntry
+
+BROKER_TROUBLE = ("away", "init", "refused", "send", "flush", "timed out", "commit", "prepared", "reply")
+SWIFT = 1000
+
+
+@dataclass
+class Tally:
+    """What a campaign saw."""
+
+    runs: int = 0
+    lives: int = 0
+    kills: collections.Counter[str] = field(default_factory=collections.Counter)
+    errors: collections.Counter[str] = field(default_factory=collections.Counter)
+    ends: collections.Counter[str] = field(default_factory=collections.Counter)
+    deepest: int = 0
+    records: int = 0
+    replayed_steps: int = 0
+
+    @property
+    def killed(self) -> int:
+        return sum(self.kills.values())
+
+    def add(self, other: "Tally") -> None:
+        self.runs += other.runs
+        self.lives += other.lives
+        self.kills += other.kills
+        self.errors += other.errors
+        self.ends += other.ends
+        self.deepest = max(self.deepest, other.deepest)
+        self.records += other.records
+        self.replayed_steps += other.replayed_steps
+
+    def __str__(self) -> str:
+        told = [
+            f"{self.runs} runs, {self.lives} lives",
+            f"{self.killed} kills: {_listed(self.kills)}; up to {self.deepest} starts in a row were cut",
+            f"injected: {_listed(self.errors)}",
+            f"ends: {_listed(self.ends)}",
+            f"{self.records} records, {self.replayed_steps} steps replayed",
+        ]
+        return "\n".join(told)
+
+
+def _listed(counts: collections.Counter[str]) -> str:
+    return ", ".join(f"{count} {name}" for name, count in sorted(counts.items())) or "nothing"
+
+
+class Simulation:
+    """Everything that happens in one run, told by its seed alone."""
+
+    def __init__(self, seed: int, directory: Path) -> None:
+        self.seed = seed
+        self.rng = random.Random(seed)
+        self.story: list[str] = []
+        self.tally = Tally(runs=1)
+        rng = self.rng
+        topics = {f"in{i}": rng.randrange(1, 4) for i in range(rng.choice((1, 1, 2)))}
+        self.directory = directory
+        self.world = World(
+            mind=real() if rng.random() < 0.1 else tiny(),
+            input=Input(topics),
+            output=Output(),
+            kernel=Kernel(directory / "disk"),
+            pace=replace(
+                PACE,
+                checkpoint_every_records=rng.choice((8, 15, 40)),
+                commit_every_s=rng.choice((0.0, 0.025, 0.1)),
+                trim=rng.random() < 0.6,
+            ),
+            keep=rng.randrange(2, 4),
+        )
+        self.announced = -1
+        self.cut_short = 0
+
+    def run(self) -> Tally:
+        """Raises ``AssertionError`` on the first thing that is not as promised."""
+        rng = self.rng
+        self.world.input.grow(rng.randrange(20, 90), rng)
+        for _ in range(rng.randrange(1, 7)):
+            self.one_life()
+            self.between()
+        self.world.input.grow(rng.randrange(0, 20), rng)
+        engine, life = self.calm()
+        self.check(engine)
+        if rng.random() < 0.25:
+            self.refused()
+        self.tally.records = sum(self.world.input.ends().values())
+        assert life.publisher.believed == 0
+        return self.tally
+
+    def one_life(self) -> None:
+        """Until it is killed, gives up, or stops; whatever it does must be one of the ends that are allowed."""
+        rng = self.rng
+        weather = self.weather()
+        self.tell(f"life {self.tally.lives + 1}: {dict(weather.rates) or 'fair'}, killed at {weather.at}")
+        life = self.life(weather)
+        asleep = rng.random() < 0.12 and self.world.directory.exists()
+        if asleep:
+            weather.sleep_at = rng.randrange(1, 150)
+            weather.while_asleep = self.succeed
+        kernel, announced = self.world.kernel, self.announced
+        life.live()
+        self.ended(life, superseded=self.world.kernel is not kernel)
+        if life.ready is not None and life.publisher.epoch == self.world.output.epoch:
+            # Nobody took over, or nobody who lived to be the last one to do so.
+            self.world.kernel, self.announced = kernel, announced
+        if self.world.kernel is kernel:
+            self.announced = max(self.announced, life.announced)
+
+    def life(self, weather: Weather) -> Life:
+        """A process that begins now."""
+        return Life(self.world, weather, sizes(self.rng))
+
+    def weather(self) -> Weather:
+        rng = self.rng
+        kinds = rng.sample((*BROKER_TROUBLE, "disk"), rng.choice((0, 1, 1, 2, 3)))
+        rates = {kind: rng.choice((0.01, 0.05, 0.3)) for kind in kinds}
+        # Starting takes some thirty calls: half of the kills are in there, and those after them hit the next start.
+        at = rng.choice((None, rng.randrange(40), rng.randrange(40), rng.randrange(400), rng.randrange(400)))
+        numbers = tuple(rng.sample(DISK, rng.randrange(1, len(DISK) + 1)))
+        return self.fresh(at=at, rates=rates, numbers=numbers, pace=rng.choice((0, 1, 3, 30)))
+
+    def fresh(self, **facts: object) -> Weather:
+        return Weather(rng=self.rng, story=self.story, **facts)  # type: ignore[arg-type]  # because they are mixed
+
+    def succeed(self) -> None:
+        """
+        Another host takes over while this one is asleep, with a copy of its directory; from now on that one counts.
+        """
+        other = Kernel(self.directory / f"host-{self.world.ids}")
+        shutil.copytree(self.world.directory, other.root / "state")
+        other.adopt()
+        self.world.kernel = other
+        weather = self.weather()
+        self.tell(f"a successor: {dict(weather.rates) or 'fair'}, killed at {weather.at}")
+        life = self.life(weather)
+        life.live()
+        self.ended(life, superseded=False)
+        self.announced = life.announced
+        self.world.input.grow(self.rng.randrange(10), self.rng)
+
+    def ended(self, life: Life, *, superseded: bool) -> None:
+        tally, weather = self.tally, life.weather
+        tally.lives += 1
+        tally.errors.update(weather.errors)
+        assert life.publisher.believed == 0, "a commit was asked for although a send had failed"
+        assert self.world.kernel.broken == []
+        if life.ready is not None:
+            tally.replayed_steps += life.ready.replayed_steps
+        if life.end == "killed":
+            phase = "running" if life.ready else "starting"
+            tally.kills[f"{phase}, on the disk" if " state" in weather.died else phase] += 1
+        tally.ends[life.end if isinstance(life.end, str) else f"{type(life.end).__name__}"] += 1
+        self.cut_short = self.cut_short + 1 if life.end == "killed" and life.ready is None else 0
+        tally.deepest = max(tally.deepest, self.cut_short)
+        if isinstance(life.end, StreamlstmError):
+            allowed = self.allowed(weather, superseded=superseded)
+            assert type(life.end) in allowed or isinstance(life.end, allowed), f"it may not end with {life.end!r}"
+            assert "\n" not in str(life.end)
+
+    def allowed(self, weather: Weather, *, superseded: bool) -> tuple[type[StreamlstmError], ...]:
+        errors: list[type[StreamlstmError]] = []
+        if "disk" in weather.errors:
+            errors += [CheckpointNotWritten, ConfigError]
+        if weather.pace < SWIFT:
+            errors += [CheckpointNotWritten]  # it was not written in the time it took to consume too much
+        if set(weather.errors) & set(BROKER_TROUBLE):
+            errors += [Temporary, Unavailable]
+        if superseded:
+            errors += [Superseded, Temporary, ProgressError]  # the last: it had no generation yet, and the other began
+        return tuple(errors)
+
+    def between(self) -> None:
+        """Time passes: the power fails, the input grows, is compacted, and is deleted where nobody needs it."""
+        rng, world = self.rng, self.world
+        if rng.random() < 0.3:
+            self.tell("power cut")
+            world.kernel.power_cut(rng)
+            if self.announced >= 0:
+                world.store().verify(self.announced)
+        if rng.random() < 0.15:
+            self.damage()
+        world.input.grow(rng.choice((0, 0, 10, 30)), rng)
+        chain = self.chain()
+        if rng.random() < 0.2 and world.output.current is None:
+            world.input.compact(self.consumed(chain), rng)
+        if rng.random() < 0.3:
+            self.retain()
+
+    def damage(self) -> None:
+        """A bit of the newest generation turns, or its end is gone. Only when an older one is whole."""
+        store = self.world.store()
+        good = [step for step in store.steps() if _whole(store, step)]
+        if len(good) < 2 or self.broken_chain(good[-2]):
+            return
+        files = sorted((self.world.directory / f"{good[-1]:020d}").iterdir())
+        path = self.rng.choice(files)
+        data = bytearray(path.read_bytes())
+        at = self.rng.randrange(len(data))
+        if self.rng.random() < 0.5:
+            data[at] ^= 1 << self.rng.randrange(8)
+            how = f"bit of byte {at} turned"
+        else:
+            del data[at:]
+            how = f"cut at {at}"
+        path.write_bytes(bytes(data))
+        self.world.kernel.adopt()
+        self.tell(f"rot: {path.relative_to(self.world.directory)}: {how}")
+        self.tally.errors["rot"] += 1
+        assert not _whole(store, good[-1])
+        self.announced = good[-2]
+
+    def broken_chain(self, step: int) -> bool:
+        """Whether the chain no longer reaches back to this generation: then it is no fallback."""
+        link = self.world.store().verify(step).provenance.progress
+        begins = self.world.output.begins.get(CONFIG.progress_topic, 0)
+        return begins > (link.offset if link else 0)
+
+    def retain(self) -> None:
+        """Retention deletes what no generation needs."""
+        world, store = self.world, self.world.store()
+        needed: dict[tuple[str, int], int] = {}
+        for step in store.steps():
+            if _whole(store, step):
+                for p in store.verify(step).provenance.positions:
+                    place = (p.topic, p.partition)
+                    needed[place] = min(p.next_offset, needed.get(place, p.next_offset))
+        world.input.beginning.update(needed)
+
+    def calm(self) -> tuple[object, Life]:
+        """A life without trouble, to the end of the input."""
+        self.tell("a calm life")
+        life = self.life(self.fresh(pace=SWIFT))
+        engine = life.live()
+        self.ended(life, superseded=False)
+        assert life.end == "stopped", f"a calm life ended with {life.end!r}"
+        return engine, life
+
+    def chain(self) -> Chain:
+        """Of all that was ever committed, trimmed or not. Reading it checks that steps are contiguous."""
+        stored = self.world.output.committed(CONFIG.progress_topic)
+        return read_chain([ProgressEntry(s.offset, s.value) for s in stored], SETTINGS_NAME)
+
+    def consumed(self, chain: Chain) -> dict[tuple[str, int], int]:
+        return {place: chain.positions.get(place, 0) for place in self.world.input.ends()}
+
+    def check(self, engine: object) -> None:
+        """The oracle: the recorded cuts, fed to a fresh engine that nobody interrupts."""
+        world, chain = self.world, self.chain()
+        assert chain.positions == world.input.ends()
+        fresh = world.mind.maker.create()
+        forecasts: list[bytes] = []
+        dead_letters: list[bytes] = []
+        seen: list[tuple[str, int, int]] = []
+        for step, messages in _messages(world, [step.cut for step in chain.after(0)]):
+            report = fresh.step(world.mind.decode(messages))
+            assert report.step == step
+            assert report.digest().hex() == chain.steps[step - 1].digest, f"the outputs of step {step}"
+            forecasts += [m.value or b"" for m in world.mind.encoder.encode_forecasts(report)]
+            dead_letters += [m.value or b"" for m in world.mind.encoder.encode_dead_letters(report, messages)]
+            seen += [
+                (messages.cut[r].topic, messages.cut[r].partition, at)
+                for r, at in zip(messages.range_index.tolist(), messages.offset.tolist(), strict=True)
+            ]
+            assert sum(report.counts().values()) == len(messages)
+        there = [
+            (topic, partition, offset)
+            for topic, logs in world.input.inputs.items()
+            for partition, log in enumerate(logs)
+            for offset, value in enumerate(log)
+            if value is not None
+        ]
+        assert sorted(seen) == sorted(there), "every input coordinate exactly once"
+        assert len(forecasts) + len(dead_letters) == len(there)
+        assert world.output.values(CONFIG.forecast_topic) == forecasts
+        assert world.output.values(CONFIG.dead_letter_topic) == dead_letters
+        digests = fresh.state().digests()
+        assert engine.state().digests() == digests  # type: ignore[attr-defined]  # because a life stopped has one
+        store = world.store()
+        assert store.load(store.steps()[-1]).state.digests() == digests
+
+    def refused(self) -> None:
+        """What cannot be mended is refused, again and again, and nothing is published."""
+        rng, world = self.rng, self.world
+        before = world.output.values(CONFIG.progress_topic)
+        place = rng.choice(sorted(place for place, end in world.input.ends().items() if end))
+        topic, partition = place
+        kind = rng.choice(
+            ("retention", "cut back", "made anew", "partitions", "no checkpoint", "all bad", "no progress")
+        )
+        self.tell(f"never again: {kind} of {place}")
+        expected: type[StreamlstmError]
+        if kind == "retention":
+            world.input.inputs[topic][partition] += [b"broken"] * 3
+            world.input.beginning[place] = world.input.ends()[place] - 1
+            expected = LogGap
+        elif kind == "cut back":
+            del world.input.inputs[topic][partition][-1:]
+            expected = LogGap
+        elif kind == "made anew":
+            world.input.topic_ids[topic] = "another"
+            expected = TopicChanged
+        elif kind == "partitions":
+            world.input.inputs[topic].append([])
+            expected = TopicChanged
+        elif kind == "no checkpoint":
+            shutil.rmtree(world.directory)
+            world.kernel.adopt()
+            expected = ProgressError
+        elif kind == "all bad":
+            for path in world.directory.glob("0*/optim.pt"):
+                path.write_bytes(b"")
+            world.kernel.adopt()
+            expected = CheckpointError
+        else:
+            world.output.begins[CONFIG.progress_topic] = world.output.next_offset[CONFIG.progress_topic]
+            expected = ProgressError
+        published = world.output.values(CONFIG.forecast_topic)
+        for _ in range(2):
+            life = self.life(self.fresh(pace=SWIFT))
+            life.live()
+            self.tally.lives += 1
+            assert isinstance(life.end, expected), f"{kind}: {life.end!r}"
+            assert life.end.exit_code == 65
+            self.tally.ends[type(life.end).__name__] += 1
+        assert world.output.values(CONFIG.forecast_topic) == published
+        if kind != "cut back":
+            assert world.output.values(CONFIG.progress_topic) == before
+
+    def tell(self, event: str) -> None:
+        self.story.append(event)
+
+
+def _whole(store: CheckpointStore, step: int) -> bool:
+    try:
+        store.verify(step)
+    except (CheckpointError, OSError):
+        return False
+    return True
+
+
+def _messages(world: World, cuts: list[Cut]) -> Iterator[tuple[int, object]]:
+    """The messages of each recorded cut, whatever retention has deleted since."""
+    source = SimulatedSource(world.input, Weather(), clock=None)  # type: ignore[arg-type]  # because nothing is polled
+    for number, cut in enumerate(cuts, 1):
+        yield number, source._messages(cut)
+
+
+def simulate(seed: int, directory: Path) -> Tally:
+    """One run. On failure the story so far is part of the message."""
+    simulation = Simulation(seed, directory)
+    try:
+        return simulation.run()
+    except BaseException as error:
+        story = "\n".join(simulation.story)
+        error.add_note(f"simulated with seed {seed}:\n{story}")
+        raise
