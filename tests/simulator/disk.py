@@ -31,7 +31,6 @@ class Inode:
     safe: dict[str, "Inode"] = field(default_factory=dict)
     bytes: dict[int, bytes] = field(default_factory=dict)
     pending: list[tuple] = field(default_factory=list)
-    size: int = 0
     lost: bool = False
 
 
@@ -77,7 +76,8 @@ class Kernel:
             self.broken.append(f"fsync of {what} was tried again after it had failed")
             return
         if inode.names is None:
-            inode.bytes.update(inode.pending)
+            for operation in inode.pending:
+                _put(inode.bytes, operation)
         else:
             for operation in inode.pending:
                 _apply(inode.safe, operation)
@@ -99,6 +99,17 @@ class Kernel:
         self.tree = _model(self.root)
 
 
+def _put(held: dict[int, bytes], operation: tuple) -> None:
+    """A write at an offset, or a cut: what was there before it ends there."""
+    at, what = operation
+    if at != "cut":
+        held.pop(at, None)
+        held[at] = what  # later writes lie over earlier ones
+        return
+    for begin in [begin for begin in held if begin + len(held[begin]) > what]:
+        held[begin] = held[begin][: max(0, what - begin)]
+
+
 def _apply(names: dict[str, Inode], operation: tuple) -> None:
     if operation[0] == "add":
         names[operation[1]] = operation[2]
@@ -113,15 +124,16 @@ def _leave(inode: Inode, path: Path, rng: random.Random) -> Inode:
     """Put on the real disk one of the things that may be there after the power came back."""
     if inode.names is None:
         held = dict(inode.bytes)
-        for at, data in inode.pending:
+        for at, what in inode.pending:
             if rng.random() < 0.5:
-                held[at] = data[: rng.randrange(len(data) + 1)] if rng.random() < 0.5 else data
+                torn = at != "cut" and rng.random() < 0.5
+                _put(held, (at, what[: rng.randrange(len(what) + 1)] if torn else what))
         with path.open("wb") as file:
-            for at, data in sorted(held.items()):
+            for at, data in held.items():
                 file.seek(at)
                 file.write(data)
         path.chmod(0o600)
-        return Inode(bytes=held, size=path.stat().st_size)
+        return Inode(bytes=held)
     path.mkdir(mode=0o700)
     names = dict(inode.safe)
     for operation in inode.pending:
@@ -135,8 +147,7 @@ def _model(path: Path) -> Inode:
     if path.is_dir():
         names = {child.name: _model(child) for child in sorted(path.iterdir()) if child.name != "lock"}
         return Inode(names=names, safe=dict(names))
-    data = path.read_bytes()
-    return Inode(bytes={0: data}, size=len(data))
+    return Inode(bytes={0: path.read_bytes()})
 
 
 class SimulatedDisk(Disk):
@@ -165,6 +176,18 @@ class SimulatedDisk(Disk):
         self.kernel.add(path, inode)
         return file
 
+    def reopen(self, path: Path) -> BinaryIO:
+        self._before("open", path)
+        file = super().reopen(path)
+        self.open[file.fileno()] = (self.kernel.at(path), str(path.relative_to(self.kernel.root)))
+        return file
+
+    def truncate(self, file: BinaryIO, size: int) -> None:
+        inode, name = self.open[file.fileno()]
+        self._before("truncate", name)
+        super().truncate(file, size)
+        inode.pending.append(("cut", size))
+
     def write(self, file: BinaryIO, data: bytes | memoryview) -> None:
         inode, name = self.open[file.fileno()]
         half = len(data) // 2
@@ -174,11 +197,13 @@ class SimulatedDisk(Disk):
 
     def _put(self, file: BinaryIO, inode: Inode, data: bytes | memoryview) -> None:
         if len(data) and not self.weather.dead:
+            inode.pending.append((file.tell(), bytes(data)))
             super().write(file, data)
-            inode.pending.append((inode.size, bytes(data)))
-            inode.size += len(data)
 
     def sync(self, file: BinaryIO) -> None:
+        self._sync(*self.open[file.fileno()])
+
+    def sync_data(self, file: BinaryIO) -> None:
         self._sync(*self.open[file.fileno()])
 
     def sync_directory(self, path: Path) -> None:

@@ -12,8 +12,8 @@ from fakes import PACE
 from simulator.disk import Kernel
 from simulator.life import Life, World, tiny
 from simulator.log import Input, Output
-from simulator.run import SWIFT, Simulation
-from simulator.weather import Weather
+from simulator.run import Simulation
+from simulator.weather import SWIFT, Weather
 from streamlstm.errors import CheckpointNotWritten, ConfigError, StreamlstmError
 
 ENDS = {"kill": 0, "EIO": errno.EIO, "ENOSPC": errno.ENOSPC, "EROFS": errno.EROFS}

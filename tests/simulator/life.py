@@ -19,10 +19,11 @@ from streamlstm.engine.core import Engine
 from streamlstm.errors import StreamlstmError
 from streamlstm.records.batch import Messages, RecordBatch
 from streamlstm.recovery.background import BackgroundWriter, Outcome
-from streamlstm.recovery.checkpoint import CheckpointStore
-from streamlstm.recovery.resume import EngineMaker
-from streamlstm.service.daemon import Pace
+from streamlstm.recovery.checkpoint import CheckpointStore, open_store
+from streamlstm.recovery.resume import EngineMaker, Ready
+from streamlstm.service.daemon import Daemon, Pace, StoppedEarly
 from streamlstm.service.encode import ForecastEncoder
+from streamlstm.service.sessions import run_sessions
 from streamlstm.service.stopping import Stop
 
 SECOND_NS = 10**9
@@ -81,7 +82,7 @@ class World:
         return self.kernel.root / "state"
 
     def store(self) -> CheckpointStore:
-        return CheckpointStore(self.directory)
+        return open_store(self.directory)
 
 
 class PatientStop(Stop):
@@ -143,12 +144,33 @@ class Life(Process):
     def writer(self) -> BackgroundWriter:
         return MovedWriter(self.store, self.keep, self.weather.beside)
 
+    def begin(self) -> Ready:
+        self.ready = None
+        return super().begin()
+
+    def run(self) -> Any:
+        """As the service does: a failed transaction costs a start-up, three in a row the process."""
+
+        def session() -> Daemon:
+            self.begin()
+            assert self.daemon is not None
+            return self.daemon
+
+        try:
+            run_sessions(session, self.stop, self.journal)
+            assert self.ready is not None
+            return self.ready.engine
+        finally:
+            self.store.close()
+
     def live(self) -> Any:
         """From start to end, whatever the end: :attr:`end` says which. The engine, if it stopped cleanly."""
         engine = None
         try:
             engine = self.run()
             self.end = "stopped"
+        except StoppedEarly:
+            self.end = "stopped while starting"
         except Crash:
             self.end = "killed"
         except StreamlstmError as error:

@@ -14,7 +14,7 @@ from fakes import PACE
 from simulator.disk import Kernel
 from simulator.life import CONFIG, SETTINGS_NAME, Life, World, real, sizes, tiny
 from simulator.log import Input, Output, SimulatedSource
-from simulator.weather import DISK, Weather
+from simulator.weather import DISK, SWIFT, Weather
 from streamlstm.errors import (
     CheckpointError,
     CheckpointNotWritten,
@@ -33,7 +33,6 @@ from streamlstm.recovery.progress import Chain, read_chain
 from streamlstm.transport.interfaces import ProgressEntry
 
 BROKER_TROUBLE = ("away", "init", "refused", "send", "flush", "timed out", "commit", "prepared", "reply")
-SWIFT = 1000
 
 
 @dataclass

@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from fakes import Crash, Fate
 
 DISK = (errno.EIO, errno.ENOSPC, errno.EROFS)
+SWIFT = 1 << 30
+"""The pace of a checkpoint's thread that is never waited for."""
 
 
 class Beside:
@@ -50,7 +52,7 @@ class Beside:
         self._go.acquire()
 
     def finish(self) -> None:
-        self.advance(1 << 30)
+        self.advance(SWIFT)
 
     @property
     def here(self) -> bool:
@@ -82,7 +84,7 @@ class Weather(Fate):
             if self.beside.here:
                 self.beside.pause()
             else:
-                self.beside.advance(self.rng.randrange(self.pace + 1))
+                self.beside.advance(SWIFT if self.pace == SWIFT else self.rng.randrange(self.pace + 1))
         if self.dead:
             raise Crash
         self.calls += 1
