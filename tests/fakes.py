@@ -20,7 +20,7 @@ from streamlstm.engine.state import EngineState
 from streamlstm.errors import LogGap
 from streamlstm.records.batch import Cut, Messages, Range, RecordBatch, Rejected, SeriesId
 from streamlstm.recovery.background import BackgroundWriter
-from streamlstm.recovery.checkpoint import open_store
+from streamlstm.recovery.checkpoint import CheckpointStore, open_store
 from streamlstm.recovery.disk import Disk
 from streamlstm.recovery.generations import Settings
 from streamlstm.recovery.resume import EngineMaker, Ready, Terms, World, resume
@@ -488,7 +488,7 @@ class Process:
     def __init__(
         self,
         broker: Broker,
-        directory: Path,
+        directory: Path | CheckpointStore,
         fate: Fate | None = None,
         *,
         settings: Settings = SETTINGS,
@@ -504,7 +504,8 @@ class Process:
         self.clock, self.stop, self.journal, self.watching = Clock(), Stop(), Journal(), Watching()
         self.source = MemorySource(broker, self.fate, self.clock, sizes, at_end=self.stop.request)
         self.publisher = MemoryPublisher(broker, self.fate)
-        self.store = open_store(directory, disk or FatedDisk(self.fate))
+        local = isinstance(directory, Path)
+        self.store = open_store(directory, disk or FatedDisk(self.fate)) if local else directory
         gain = settings.learning["gain"]
         self.world = World(
             store=self.store,

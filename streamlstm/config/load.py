@@ -19,6 +19,7 @@ from pydantic_core import ErrorDetails
 
 from streamlstm.config.keys import ENV_PREFIX, KEYS, Key, describe_item, subsection
 from streamlstm.config.model import Config, Conflict, Conflicts, Section
+from streamlstm.config.urls import mask_credentials
 from streamlstm.config.yaml12 import Document, KeyPath, flow, parse
 from streamlstm.errors import ConfigError
 
@@ -416,10 +417,10 @@ def _value_at(values: object, path: KeyPath) -> Any:  # noqa: ANN401, because it
 
 def _shown(value: object) -> str:
     """
-    A value as the file had it, near enough, and not too long.
+    A value as the file had it, near enough, and not too long; without what a URL may tell of credentials.
 
     >>> _shown("a" * 100)
     '"aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa...'
     """
-    text = json.dumps(value, ensure_ascii=False)
+    text = mask_credentials(json.dumps(value, ensure_ascii=False))
     return text if len(text) <= _LONGEST_VALUE else f"{text[: _LONGEST_VALUE - 3]}..."

@@ -20,6 +20,8 @@ from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, model_validator
 
+from streamlstm.config.urls import split_object_url
+
 _Quantity = TypeVar("_Quantity", int, float)
 
 KeyClass = Literal["identity", "learning", "free"]
@@ -181,9 +183,10 @@ def _time_unit(value: str) -> str:
     return value
 
 
-def _directory(value: str) -> str:
-    if not value.strip() or "://" in value:
-        raise ValueError("write the path of a local directory: ./state")
+def _store_url(value: str) -> str:
+    if not value.strip():
+        raise ValueError("write a local directory, s3://bucket/prefix or gs://bucket/prefix")
+    split_object_url(value)
     return value
 
 
@@ -254,7 +257,9 @@ SeriesPart = Annotated[
 TimeUnit = Annotated[
     str, AfterValidator(_time_unit), Means("auto, s, ms, us, ns, iso8601, or a strptime pattern such as %Y-%m-%d %H:%M")
 ]
-Directory = Annotated[str, AfterValidator(_directory), Means("the path of a local directory")]
+StoreUrl = Annotated[
+    str, AfterValidator(_store_url), Means("a local directory, s3://bucket/prefix or gs://bucket/prefix")
+]
 PropertyName = Annotated[str, AfterValidator(_property_name), Means("a setting of the Kafka client", "client settings")]
 Setting = Annotated[str | int | float | bool, Means("text, a number, true or false", "text, numbers, true or false")]
 Device = Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$"), Means("auto, cpu, cuda or cuda:N")]
@@ -469,8 +474,12 @@ class Keep(Section):
 class Checkpoint(Section):
     """Where and when state is made durable."""
 
-    url: Directory = key("./state", "free")
-    """Directory of the checkpoints, made if missing; relative to the working directory."""
+    url: StoreUrl = key("./state", "free")
+    """
+    Where the checkpoints are. A local directory is made if missing, relative to the working directory. A bucket must
+    exist; credentials come from the environment or the files its SDK reads, and options follow a `?`:
+    `endpoint_override`, `scheme` and, for S3, `region`.
+    """
     every: Every = key(Every(), "free")
     keep: Keep = key(Keep(), "free")
     on_mismatch: Literal["rebase", "fail"] = key("rebase", "free")

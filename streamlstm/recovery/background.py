@@ -13,7 +13,7 @@ from streamlstm.recovery.generations import Provenance
 from streamlstm.recovery.progress import Link
 from streamlstm.transport.interfaces import Frozen
 
-# A disk that is full, read-only or away may come back; any other error says that it loses data.
+# A place that is full, read-only, away or in use may come back; any other error says that it loses data.
 _MAY_PASS = {
     errno.ENOSPC,
     errno.EDQUOT,
@@ -25,6 +25,9 @@ _MAY_PASS = {
     errno.EMFILE,
     errno.ENFILE,
     errno.ENOMEM,
+    errno.EBUSY,
+    errno.ETIMEDOUT,
+    errno.EREMOTEIO,
 }
 
 

@@ -4,7 +4,7 @@ The store of durable generations: what is written, which of them is used, and wh
 There is no pointer: the newest generation that is whole wins. A bad one is put aside as ``<step>.bad-<n>`` once an
 older one was found good; when none is, nothing is touched and the start is refused. What a generation is:
 :mod:`streamlstm.recovery.generations`; where they live, and how one comes to be there at one instant:
-:mod:`streamlstm.recovery.directory`.
+:mod:`streamlstm.recovery.directory`, :mod:`streamlstm.recovery.objects`.
 """
 
 import errno
@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Self
 
+from streamlstm.config.urls import mask_credentials, split_object_url
 from streamlstm.engine.state import EngineState
-from streamlstm.errors import CheckpointError, CheckpointNotWritten, ConfigError
+from streamlstm.errors import CheckpointError, CheckpointNotWritten, ConfigError, StreamlstmError
 from streamlstm.recovery.directory import Directory
 from streamlstm.recovery.disk import Disk
 from streamlstm.recovery.generations import (
@@ -38,6 +39,7 @@ from streamlstm.recovery.generations import (
     seal,
     verify_generation,
 )
+from streamlstm.recovery.objects import ObjectPrefix, connect
 from streamlstm.recovery.place import Attempt, Draft, Place, name_of, step_of_bad
 from streamlstm.recovery.progress import Link
 from streamlstm.recovery.snapshot import Sink
@@ -66,8 +68,16 @@ class Refused(NamedTuple):
 
 
 def open_store(url: str | Path, disk: Disk | None = None) -> "CheckpointStore":
-    """The store that ``checkpoint.url`` names. Nothing is touched before it is asked to."""
-    return CheckpointStore(Directory(Path(url), disk))
+    """
+    The store that ``checkpoint.url`` names: a directory, or a prefix in an object store. Nothing is touched yet.
+
+    Raises ``ValueError`` for a URL that is neither.
+    """
+    remote = split_object_url(url) if isinstance(url, str) else None
+    if remote is None:
+        return CheckpointStore(Directory(Path(url), disk))
+    root = f"{remote.bucket}/{remote.prefix}".rstrip("/")
+    return CheckpointStore(ObjectPrefix(mask_credentials(str(url)), root, lambda: connect(remote)))
 
 
 class CheckpointStore:
@@ -103,7 +113,7 @@ class CheckpointStore:
         except OSError as error:
             what = f"checkpoint.url: {self.name}: {error.strerror or error}"
             if error.errno in _SETUP:
-                raise ConfigError(f"{what}; it must be a directory this user can write, in one that exists") from error
+                raise ConfigError(f"{what}; it must be {self._place.needs}") from error
             raise CheckpointNotWritten(what) from error
         return self
 
@@ -244,7 +254,7 @@ class CheckpointStore:
         try:
             for name in [name_of(step) for step in self.steps()[:-keep]] + self.bad()[:-keep]:
                 self._place.remove(name)
-        except OSError as error:
+        except (OSError, StreamlstmError) as error:
             return f"an old checkpoint could not be removed: {error}"
         return ""
 
@@ -254,12 +264,12 @@ class CheckpointStore:
 
         ``None`` when it precedes the chain, or cannot be read: then all of the chain is to be kept.
         """
-        steps = self.steps()
-        if not steps:
-            return None
         try:
+            steps = self.steps()
+            if not steps:
+                return None
             return read_header(self._place.files(steps[0]), steps[0], self._layout).generation.provenance.progress
-        except (CheckpointError, OSError):
+        except (StreamlstmError, OSError):
             return None
 
     def _write(self, state: EngineState, provenance: Provenance, beside: Frozen | None, attempt: Attempt) -> Written:

@@ -33,6 +33,8 @@ _TEMPORARY = ".tmp-"
 class Directory:
     """A :class:`~streamlstm.recovery.place.Place` on this machine's disk, locked by one process."""
 
+    needs = "a directory this user can write, in one that exists"
+
     def __init__(self, path: Path, disk: Disk | None = None) -> None:
         self.directory = path
         self._disk = disk or Disk()

@@ -60,6 +60,11 @@ class Place(Protocol):
         """Where it is one of this machine."""
         ...
 
+    @property
+    def needs(self) -> str:
+        """What must be there before a start, for the operator."""
+        ...
+
     def open(self) -> None:
         """Be the only one who writes here, as far as the place can tell, and sweep up what a killed process left."""
         ...

@@ -172,7 +172,14 @@ def test_a_disagreement_with_a_wrong_key_is_none_yet(problem):
         ("series: {max_ahead: 0s}", '"0s" is refused: write a duration'),
         ("series: {max_ahead: 99999d}", '"99999d" is refused: write a duration'),
         ("checkpoint: {keep: {last: 1}}", "1 is refused: write a whole number from 2 to 1000"),
-        ("checkpoint: {url: s3://a/b}", "write the path of a local directory"),
+        ("checkpoint: {url: ' '}", "write a local directory, s3://bucket/prefix or gs://bucket/prefix"),
+        ("checkpoint: {url: hdfs://a/b}", "write a local directory, s3://bucket/prefix or gs://bucket/prefix"),
+        ("checkpoint: {url: s3://Bucket_/b}", "write the bucket's name as it is"),
+        ("checkpoint: {url: s3://bucket/a/../b}", "write a prefix of plain names"),
+        ("checkpoint: {url: 's3://bucket/b?token=x'}", "write at most endpoint_override, region, scheme"),
+        ("checkpoint: {url: 'gs://bucket/b?region=x'}", "write at most endpoint_override, scheme"),
+        ("checkpoint: {url: 's3://bucket/b?scheme=ftp'}", "write scheme=https or scheme=http"),
+        ("checkpoint: {url: s3://anonymous@bucket/b}", "take the credentials out"),
         ("http: {listen: 9108}", "9108 is refused: write host:port"),
         ("http: {listen: localhost}", "write host:port"),
         ("http: {listen: localhost:65536}", "write host:port with a port up to 65535"),
@@ -189,6 +196,13 @@ def test_a_problem_says_its_line_value_and_fix(problem, more, fix):
     told = problem(more)
     assert told.startswith("a.yaml:7: ")
     assert fix in told
+
+
+def test_credentials_in_a_url_are_refused_and_not_repeated(problem):
+    told = problem("checkpoint: {url: s3://key:secret@bucket/prefix}")
+
+    assert 'checkpoint.url: "s3://***@bucket/prefix" is refused: take the credentials out' in told
+    assert "secret" not in told
 
 
 @pytest.mark.parametrize(

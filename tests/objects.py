@@ -1,0 +1,152 @@
+"""An object store in memory, whose every call may fail, fail after it took effect, hang, or end the process."""
+
+import errno
+import io
+import threading
+from dataclasses import dataclass, field
+
+import pyarrow as pa
+import pyarrow.fs as pafs
+from fakes import Crash
+
+from streamlstm.recovery.checkpoint import CheckpointStore
+from streamlstm.recovery.objects import ObjectPrefix
+
+
+@dataclass
+class Trouble:
+    """
+    What befalls the ``at``-th call (``None``: nothing). Each call is counted before and after it takes effect.
+
+    ``kill`` ends the process: no later call does anything. ``error`` fails one call, ``away`` all from there on,
+    ``hang`` makes one call wait for ``release``.
+    """
+
+    at: int | None = None
+    kind: str = "kill"
+    calls: int = 0
+    dead: bool = False
+    release: threading.Event = field(default_factory=threading.Event)
+
+    def point(self) -> None:
+        if self.dead:
+            raise Crash
+        here = self.calls
+        self.calls += 1
+        if self.at is None or here < self.at or (here > self.at and self.kind != "away"):
+            return
+        if self.kind == "kill":
+            self.dead = True
+            raise Crash
+        if self.kind == "hang":
+            self.release.wait(30)
+            return
+        raise OSError("AWS Error NETWORK_CONNECTION during an operation: the connection was reset")
+
+    @property
+    def met(self) -> bool:
+        return self.at is not None and self.calls > self.at
+
+
+class MemoryBucket(pafs.FileSystemHandler):
+    """One process's view of ``objects``, which live on."""
+
+    def __init__(self, objects: dict[str, bytes], trouble: Trouble | None = None) -> None:
+        self.objects, self.trouble = objects, trouble or Trouble()
+
+    def get_type_name(self) -> str:
+        return "memory"
+
+    def normalize_path(self, path: str) -> str:
+        return path
+
+    def get_file_info(self, paths: list[str]) -> list[pafs.FileInfo]:
+        self.trouble.point()
+        return [self._info(path) for path in paths]
+
+    def _info(self, path: str) -> pafs.FileInfo:
+        if path in self.objects:
+            return pafs.FileInfo(path, pafs.FileType.File, size=len(self.objects[path]))
+        there = path == "bucket" or any(name.startswith(f"{path}/") for name in self.objects)
+        return pafs.FileInfo(path, pafs.FileType.Directory if there else pafs.FileType.NotFound)
+
+    def get_file_info_selector(self, selector: pafs.FileSelector) -> list[pafs.FileInfo]:
+        self.trouble.point()
+        start = f"{selector.base_dir}/"
+        found = [name for name in self.objects if name.startswith(start)]
+        return [self._info(name) for name in found if selector.recursive or "/" not in name[len(start) :]]
+
+    def delete_file(self, path: str) -> None:
+        self.trouble.point()
+        if path not in self.objects:
+            raise FileNotFoundError(errno.ENOENT, path)
+        del self.objects[path]
+        self.trouble.point()
+
+    def delete_dir(self, path: str) -> None:
+        for name in [name for name in self.objects if name.startswith(f"{path}/")]:
+            self.trouble.point()
+            del self.objects[name]
+        self.trouble.point()
+
+    def open_input_stream(self, path: str) -> pa.NativeFile:
+        self.trouble.point()
+        if path not in self.objects:
+            raise FileNotFoundError(errno.ENOENT, path)
+        return pa.PythonFile(_Reading(self, self.objects[path]), mode="r")
+
+    open_input_file = open_input_stream
+
+    def open_output_stream(self, path: str, metadata: object) -> pa.NativeFile:
+        self.trouble.point()
+        return pa.PythonFile(_Writing(self, path), mode="w")
+
+    def copy_file(self, src: str, dest: str) -> None:
+        self.trouble.point()
+        if src not in self.objects:
+            raise FileNotFoundError(errno.ENOENT, src)
+        self.objects[dest] = self.objects[src]
+        self.trouble.point()
+
+    def _no(self, *_: object) -> None:
+        raise NotImplementedError
+
+    create_dir = delete_dir_contents = delete_root_dir_contents = move = open_append_stream = _no
+
+
+class _Reading(io.BytesIO):
+    def __init__(self, bucket: MemoryBucket, data: bytes) -> None:
+        super().__init__(data)
+        self.bucket = bucket
+
+    def read(self, size: int | None = -1) -> bytes:
+        self.bucket.trouble.point()
+        return super().read(size)
+
+
+class _Writing(io.BytesIO):
+    """There when it was closed."""
+
+    def __init__(self, bucket: MemoryBucket, path: str) -> None:
+        super().__init__()
+        self.bucket, self.path = bucket, path
+
+    def write(self, data: object) -> int:
+        self.bucket.trouble.point()
+        return super().write(data)
+
+    def close(self) -> None:
+        if not self.closed:
+            data = self.getvalue()
+            super().close()
+            self.bucket.trouble.point()
+            self.bucket.objects[self.path] = data
+            self.bucket.trouble.point()
+
+
+def object_store(objects: dict[str, bytes], trouble: Trouble | None = None, limit_s: float = 20.0) -> CheckpointStore:
+    """A store over these objects, as one process sees it."""
+    bucket = MemoryBucket(objects, trouble)
+    return CheckpointStore(
+        ObjectPrefix("s3://bucket/prefix", "bucket/prefix", lambda: pafs.PyFileSystem(bucket), limit_s)
+    )

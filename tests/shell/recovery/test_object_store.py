@@ -1,0 +1,392 @@
+"""Generations in an object store: nothing half, nothing lost, whatever call fails and wherever the process ends."""
+
+import itertools
+import json
+import re
+import threading
+import time
+from contextlib import suppress
+
+import pyarrow.fs as pafs
+import pytest
+import torch
+from fakes import Broker, Crash, Fate, Process, fingerprint, message
+from objects import MemoryBucket, Trouble, object_store
+
+from streamlstm.engine.state import EngineState
+from streamlstm.errors import CheckpointError, CheckpointNotWritten, ConfigError, Temporary
+from streamlstm.records.batch import SeriesId
+from streamlstm.recovery.background import BackgroundWriter, Failed
+from streamlstm.recovery.checkpoint import CheckpointStore
+from streamlstm.recovery.generations import Provenance, Settings
+from streamlstm.recovery.progress import Link
+from streamlstm.transport.interfaces import Position
+
+
+def state(step: int, series: int = 3) -> EngineState:
+    torch.manual_seed(step)
+    return EngineState(
+        step=step,
+        series=tuple(SeriesId("in", i % 2, f"s{i}") for i in range(series)),
+        columns={"age": [torch.arange(series)], "carry": [torch.randn(series, 4)]},
+        weights={"w": torch.randn(4, 4)},
+        training={"moment": torch.randn(4)},
+        meta={"queue": [1]},
+    )
+
+
+def provenance(step: int = 0, lineage: str = "L") -> Provenance:
+    return Provenance(
+        lineage=lineage,
+        incarnation="i",
+        positions=(Position("in", 0, step),),
+        topic_ids={"in": "id"},
+        progress=Link(2 * step, f"digest {step}"),
+        settings=Settings("n", "hash", {}, {}),
+        fingerprint=fingerprint(),
+        created_ms=1_700_000_000_000,
+    )
+
+
+def write(store: CheckpointStore, *steps: int) -> CheckpointStore:
+    for step in steps:
+        store.write(state(step), provenance(step))
+    return store
+
+
+def prepared(*steps: int) -> dict[str, bytes]:
+    objects: dict[str, bytes] = {}
+    write(object_store(objects).open(), *steps)
+    return objects
+
+
+def sound(store: CheckpointStore) -> int:
+    """The newest generation's step; everything newer is absent rather than bad, and it is what was written."""
+    loaded, refused = store.newest()
+    assert loaded is not None
+    assert refused == []
+    assert loaded.state.digests() == state(loaded.generation.step).digests()
+    return loaded.generation.step
+
+
+def unnamed(objects: dict[str, bytes]) -> list[str]:
+    """Files that no manifest names."""
+    manifests = {name for name in objects if re.search(r"/\d{20}(/MANIFEST\.json|\.bad-\d+)$", name)}
+    named = {
+        f"bucket/prefix/{step:020d}/{told['attempt']}/{file}"
+        for told in (json.loads(objects[name]) for name in manifests)
+        for step, file in itertools.product([told["step"]], [*told["files"], "MANIFEST.json"])
+    }
+    return sorted(set(objects) - manifests - named - {"bucket/prefix/opened-by"})
+
+
+def test_what_was_written_is_loaded():
+    store = object_store({}).open()
+    written = store.write(state(5), provenance(5)).generation
+
+    loaded = object_store(store._place._filesystem.handler.objects).load(5)
+
+    assert loaded.generation == written
+    assert loaded.state.digests() == state(5).digests()
+    assert store.verify(5) == written
+    assert store.oldest_link() == Link(10, "digest 5")
+
+
+def test_the_manifest_comes_last():
+    objects: dict[str, bytes] = {}
+    write(object_store(objects).open(), 1)
+
+    assert list(objects)[-1] == "bucket/prefix/00000000000000000001/MANIFEST.json"
+
+
+def test_without_its_manifest_a_generation_does_not_exist():
+    objects = prepared(1, 2)
+    del objects["bucket/prefix/00000000000000000002/MANIFEST.json"]
+
+    assert object_store(objects).steps() == [1]
+    assert sound(object_store(objects)) == 1
+
+
+def test_an_object_store_without_generations_is_a_first_run():
+    assert object_store({}).open().newest() == (None, [])
+
+
+@pytest.mark.parametrize("what", ["flipped", "cut", "gone", "emptied"])
+def test_damage_to_any_object_is_found_and_the_previous_generation_used(what):
+    objects = prepared(1, 2)
+    tried = 0
+    for name in [name for name in objects if re.search(r"/0+2/(MANIFEST\.json|.*/(?!MANIFEST).*)$", name)]:
+        whole = objects[name]
+        flipped = bytes([*whole[:-1], whole[-1] ^ 1])
+        objects[name] = {"flipped": flipped, "cut": whole[:-1], "emptied": b"", "gone": b""}[what]
+        if what == "gone":
+            del objects[name]
+        loaded, refused = object_store(objects).newest()
+        assert loaded is not None
+        assert loaded.generation.step == 1
+        # A generation without a manifest is not there at all, and so is not bad.
+        assert [r.step for r in refused] == ([] if what == "gone" and name.endswith("MANIFEST.json") else [2])
+        objects[name] = whole
+        tried += 1
+    assert tried == 6
+
+
+def test_a_bad_generation_put_aside_is_not_seen_again_and_stays_to_be_looked_at():
+    objects = prepared(1, 2)
+    model = next(name for name in objects if "/00000000000000000002/" in name and name.endswith("model.pt"))
+    objects[model] += b"x"
+    store = object_store(objects).open()
+
+    assert store.put_aside(2) == "00000000000000000002.bad-1"
+    assert (store.steps(), store.bad()) == ([1], ["00000000000000000002.bad-1"])
+    write(store, 2)
+    assert sound(object_store(objects)) == 2
+    assert store.put_aside(2) == "00000000000000000002.bad-2"
+    write(store, 3)
+    object_store(objects).open()
+    assert model in objects
+
+
+def test_wherever_putting_aside_is_cut_the_next_one_finishes_it():
+    for at in itertools.count():
+        objects = prepared(1, 2)
+        trouble = Trouble(at)
+        store = object_store(objects, trouble)
+        with suppress(Crash):
+            store.open().put_aside(2)
+        again = object_store(objects).open()
+        if 2 in again.steps():
+            again.put_aside(2)
+        assert (again.steps(), again.bad()) == ([1], ["00000000000000000002.bad-1"])
+        if not trouble.dead:
+            return
+
+
+def test_one_that_was_put_aside_is_brought_back_whole():
+    objects = prepared(1, 2)
+    store = object_store(objects).open()
+    name = store.put_aside(2)
+
+    assert store.verify_bad(name).step == 2
+    store.bring_back(name)
+
+    assert (store.steps(), store.bad()) == ([1, 2], [])
+    assert sound(object_store(objects)) == 2
+
+
+def live(objects: dict[str, bytes], trouble: Trouble) -> CheckpointNotWritten | None:
+    """What a process does with a store, but for the rest of the service."""
+    store = object_store(objects, trouble).open()
+    error = None
+    for step in (2, 3):
+        try:
+            write(store, step)
+        except CheckpointNotWritten as failed:
+            error = failed
+        store.prune(keep=1)
+    return error
+
+
+@pytest.mark.parametrize("kind", ["kill", "error", "away"])
+def test_whatever_call_fails_or_is_the_last_a_whole_generation_loads(kind):
+    seen = set()
+    for at in itertools.count():
+        objects = prepared(1)
+        trouble = Trouble(at, kind)
+        error = None
+        with suppress(Crash, CheckpointNotWritten):
+            error = live(objects, trouble)
+        if error is not None:
+            assert error.exit_code == 74
+            assert isinstance(error.__cause__, OSError)
+        seen.add(sound(object_store(objects)))
+        # Whoever comes next goes on, and what was left behind goes in the end.
+        after = object_store(objects).open()
+        write(after, 4, 5)
+        assert after.prune(keep=1) == ""
+        object_store(objects).open()
+        assert unnamed(objects) == []
+        assert sound(object_store(objects)) == 5
+        if not trouble.met:
+            break
+    assert at > 60
+    assert seen == {1, 2, 3}
+
+
+@pytest.mark.parametrize("kind", ["kill", "error", "away"])
+def test_wherever_a_replacement_is_cut_one_of_the_two_is_there(kind):
+    seen = set()
+    for at in itertools.count():
+        objects: dict[str, bytes] = {}
+        object_store(objects).open().write(state(0), provenance(0, "old"))
+        trouble = Trouble(at, kind)
+        with suppress(Crash, CheckpointNotWritten, Temporary):
+            store = object_store(objects, trouble).open()
+            store.newest()
+            store.write(state(0), provenance(0, "new"))
+        loaded, refused = object_store(objects).newest()
+        assert loaded is not None
+        assert refused == []
+        seen.add(loaded.generation.provenance.lineage)
+        if not trouble.met:
+            break
+    assert seen == {"old", "new"}
+
+
+def test_two_hosts_that_write_the_same_step_leave_one_of_the_two_whole():
+    objects: dict[str, bytes] = {}
+    first, second = object_store(objects).open(), object_store(objects).open()
+    attempt = first._place.begin(7)
+    with attempt.create("model.pt") as draft:
+        draft.write(b"half of what the first host has")
+        draft.sync()
+
+    second.write(state(7), provenance(7, "second"))
+    with pytest.raises(CheckpointNotWritten, match="another process has written a checkpoint of this step"):
+        first.write(state(7), provenance(7, "first"))
+
+    loaded, refused = object_store(objects).newest()
+    assert loaded is not None
+    assert (loaded.generation.provenance.lineage, refused) == ("second", [])
+
+
+def test_an_upload_that_may_still_be_going_on_is_not_swept_up():
+    objects = prepared(1)
+    running = object_store(objects).open()._place.begin(9)
+    with running.create("model.pt") as draft:
+        draft.write(b"x")
+        draft.sync()
+
+    object_store(objects).open()
+
+    assert len(unnamed(objects)) == 1
+
+
+def test_the_oldest_leave_first_with_all_their_objects():
+    objects = prepared(1, 2, 3)
+
+    assert object_store(objects).open().prune(keep=2) == ""
+
+    assert object_store(objects).steps() == [2, 3]
+    assert not [name for name in objects if "/00000000000000000001" in name]
+
+
+def test_a_store_that_does_not_answer_condemns_no_generation():
+    objects = prepared(1, 2)
+    calls = Trouble()
+    object_store(objects, calls).newest()
+    for at in range(calls.calls):
+        with pytest.raises(Temporary, match="says nothing about what is in it") as caught:
+            object_store(objects, Trouble(at, "error")).newest()
+        assert caught.value.exit_code == 75
+
+
+def test_a_store_that_is_away_at_the_start_is_74():
+    with pytest.raises(CheckpointNotWritten, match=r"^checkpoint\.url: s3://bucket/prefix: AWS Error") as caught:
+        object_store({}, Trouble(0, "away")).open()
+    assert caught.value.exit_code == 74
+
+
+class Refusing(MemoryBucket):
+    """Says this to every upload, or every call."""
+
+    def __init__(self, said: str, *, always: bool) -> None:
+        super().__init__({})
+        self.said, self.always = said, always
+
+    def get_file_info(self, paths):
+        if self.always:
+            raise OSError(self.said)
+        return super().get_file_info(paths)
+
+    def open_output_stream(self, path, metadata):
+        raise OSError(self.said)
+
+
+@pytest.mark.parametrize("always", [True, False])
+@pytest.mark.parametrize(
+    "said",
+    [
+        "When testing for existence of bucket 'b': AWS Error ACCESS_DENIED during HeadBucket operation: no",
+        "AWS Error INVALID_ACCESS_KEY_ID during PutObject operation: no such key",
+        "AWS Error NO_SUCH_BUCKET during CreateMultipartUpload operation: The specified bucket does not exist",
+        "google::cloud::Status(PERMISSION_DENIED: Permanent error, with a last message of no)",
+        "google::cloud::Status(UNAUTHENTICATED: Permanent error)",
+    ],
+)
+def test_a_bucket_that_is_not_ours_to_write_is_a_matter_of_configuration(said, always):
+    store = object_store({}).open()
+    store._place._filesystem = pafs.PyFileSystem(Refusing(said, always=always))
+    store.close()
+
+    with pytest.raises(
+        ConfigError, match=r"^checkpoint\.url: s3://bucket/prefix: .*; it must be a bucket that"
+    ) as told:
+        store.open()
+    assert told.value.exit_code == 78
+    assert "\n" not in str(told.value)
+
+
+def test_a_call_that_hangs_is_not_waited_for_and_the_next_attempt_succeeds():
+    objects = prepared(1)
+    calls = Trouble()
+    write(object_store(dict(objects), calls).open(), 2)
+    for at in range(0, calls.calls, 3):
+        held = dict(objects)
+        trouble = Trouble(at, "hang")
+        began = time.monotonic()
+        try:
+            store = object_store(held, trouble, limit_s=0.1).open()
+            writer = BackgroundWriter(store, 3, start=lambda work: work())
+            writer.submit(state(2), provenance(2))
+            outcome = writer.poll()
+            assert isinstance(outcome, Failed), at
+            assert outcome.may_pass
+        except CheckpointNotWritten as error:
+            assert "did not answer within 0.1 s" in str(error)  # noqa: PT017, because both ends are right
+        assert time.monotonic() - began < 5
+        assert sound(object_store(held)) in (1, 2)
+        trouble.release.set()
+        assert sound(write(object_store(held).open(), 3)) == 3
+
+
+def test_no_thread_is_waited_for_when_the_process_ends():
+    trouble = Trouble(0, "hang")
+    with pytest.raises(CheckpointNotWritten):
+        object_store({}, trouble, limit_s=0.05).open()
+    stuck = [thread for thread in threading.enumerate() if thread.name == "object store"]
+    assert stuck
+    assert all(thread.daemon for thread in stuck)
+    trouble.release.set()
+
+
+def test_all_bad_is_refused_with_every_reason_and_nothing_is_moved():
+    objects = prepared(1, 2)
+    for name in objects:
+        objects[name] += b" "
+    before = dict(objects)
+
+    with pytest.raises(CheckpointError, match=r"2: MANIFEST\.json is damaged.*1: MANIFEST\.json is damaged"):
+        object_store(objects).newest()
+    assert objects == before
+
+
+def broker() -> Broker:
+    return Broker(inputs={"in": [[message(f"k{i % 4}", float(i)) for i in range(120)]]})
+
+
+def test_a_service_killed_anywhere_goes_on_from_an_object_store_as_if_it_had_never_stopped():
+    expected = broker()
+    whole: dict[str, bytes] = {}
+    fate = Fate()
+    never = Process(expected, object_store(whole, fate), fate).run()
+    assert len(object_store(whole).steps()) == 3
+    for at in range(0, fate.calls, 7):
+        killed, objects = broker(), {}
+        fate = Fate(at)
+        with pytest.raises(Crash):
+            Process(killed, object_store(objects, fate), fate).run()
+        fate = Fate()
+        engine = Process(killed, object_store(objects, fate), fate).run()
+        assert engine.state().digests() == never.state().digests(), at
+        assert [m.value for m in killed.published] == [m.value for m in expected.published], at
