@@ -20,7 +20,7 @@ from streamlstm.engine.state import EngineState
 from streamlstm.errors import LogGap
 from streamlstm.records.batch import Cut, Messages, Range, RecordBatch, Rejected, SeriesId
 from streamlstm.recovery.background import BackgroundWriter
-from streamlstm.recovery.checkpoint import CheckpointStore, open_store
+from streamlstm.recovery.checkpoint import CheckpointStore, Keep, open_store
 from streamlstm.recovery.disk import Disk
 from streamlstm.recovery.generations import Settings
 from streamlstm.recovery.resume import EngineMaker, Ready, Terms, World, resume
@@ -544,7 +544,7 @@ class Process:
 
     def writer(self) -> BackgroundWriter:
         """Writes at once, in the loop's own thread."""
-        return BackgroundWriter(self.store, self.keep, start=lambda work: work())
+        return BackgroundWriter(self.store, Keep(self.keep), start=lambda work: work())
 
     def run(self) -> TinyEngine:
         """A whole life. What the operating system does when a process ends is done here too: the lock is let go."""

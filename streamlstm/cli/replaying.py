@@ -30,7 +30,7 @@ from streamlstm.errors import ConfigError, DataError
 from streamlstm.records.batch import Messages
 from streamlstm.records.decode import refuse_rejected
 from streamlstm.recovery.background import BackgroundWriter, in_a_thread
-from streamlstm.recovery.checkpoint import CheckpointStore, open_store
+from streamlstm.recovery.checkpoint import CheckpointStore, Keep, open_store
 from streamlstm.recovery.disk import Disk
 from streamlstm.recovery.fingerprint import compare_fingerprints, take_fingerprint
 from streamlstm.recovery.generations import Loaded, Settings
@@ -200,7 +200,7 @@ def _keeper(
         asked=asked.lasting(of_files=is_of_files(config, asked)),
     )
     return Keeper(
-        BackgroundWriter(store, config.checkpoint.keep.last, machine.start),
+        BackgroundWriter(store, Keep(config.checkpoint.keep.last, config.checkpoint.keep.daily), machine.start),
         CheckpointSchedule(every.time, every.records, tried_s=time.monotonic(), durable_step=step),
         terms,
         live,

@@ -16,7 +16,7 @@ from streamlstm.errors import ConfigError
 from streamlstm.records.batch import Messages, RecordBatch
 from streamlstm.records.decode import Decoder, compile_decoder
 from streamlstm.recovery.background import BackgroundWriter
-from streamlstm.recovery.checkpoint import CheckpointStore, open_store
+from streamlstm.recovery.checkpoint import CheckpointStore, Keep, open_store
 from streamlstm.recovery.fingerprint import take_fingerprint
 from streamlstm.recovery.generations import Settings
 from streamlstm.recovery.resume import EngineMaker, Terms, World, resume
@@ -61,7 +61,7 @@ def serve(config: Config) -> None:
             startup = Startup(observer, log, stop, time.monotonic)
             ready = resume(world, terms, startup)
             startup.ready(ready)
-            writer = BackgroundWriter(world.store, config.checkpoint.keep.last)
+            writer = BackgroundWriter(world.store, Keep(config.checkpoint.keep.last, config.checkpoint.keep.daily))
             encoder = ForecastEncoder(config_hash(config), config.model.horizons, ready.revision)
             return Daemon(world, terms, ready, _pace(config), encoder, observer, log, stop, writer)
 

@@ -469,6 +469,8 @@ class Keep(Section):
 
     last: int = key(5, "free", ge=2, le=1000)
     """The newest so many. At least 2: with one, a damaged newest would leave nothing."""
+    daily: int = key(3, "free", ge=0, le=1000)
+    """Beside them the newest of each of the last so many days (UTC) that have one."""
 
 
 class Checkpoint(Section):

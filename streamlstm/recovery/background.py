@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from streamlstm.engine.state import EngineState
 from streamlstm.errors import CheckpointNotWritten
-from streamlstm.recovery.checkpoint import CheckpointStore, Written
+from streamlstm.recovery.checkpoint import CheckpointStore, Keep, Written
 from streamlstm.recovery.generations import Provenance
 from streamlstm.recovery.progress import Link
 from streamlstm.transport.interfaces import Frozen
@@ -65,7 +65,7 @@ class BackgroundWriter:
     """
 
     def __init__(
-        self, store: CheckpointStore, keep: int, start: Callable[[Callable[[], None]], None] = in_a_thread
+        self, store: CheckpointStore, keep: Keep, start: Callable[[Callable[[], None]], None] = in_a_thread
     ) -> None:
         self._store, self._keep, self._start = store, keep, start
         self._done: queue.SimpleQueue[Outcome | BaseException] = queue.SimpleQueue()

@@ -46,6 +46,7 @@ from streamlstm.recovery.snapshot import Sink
 from streamlstm.transport.interfaces import Frozen
 
 _BLOCK = 1 << 20
+_DAY_MS = 86_400_000
 
 # What an operator has to mend before a start, as against a disk that is full or broken.
 _SETUP = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EEXIST}
@@ -65,6 +66,13 @@ class Refused(NamedTuple):
 
     step: int
     reason: str
+
+
+class Keep(NamedTuple):
+    """The newest ``last`` generations stay, and the newest of each of the last ``daily`` UTC days that have one."""
+
+    last: int
+    daily: int = 0
 
 
 def open_store(url: str | Path, disk: Disk | None = None) -> "CheckpointStore":
@@ -89,6 +97,9 @@ class CheckpointStore:
 
     def __init__(self, place: Place, layout: Layout = LAYOUT) -> None:
         self._place, self._layout = place, layout
+        # What this process has written or read whole, and what else it has read of: none of it changes under its name.
+        self._whole: set[int] = set()
+        self._told: dict[int, Provenance] = {}
 
     @property
     def name(self) -> str:
@@ -135,7 +146,9 @@ class CheckpointStore:
 
         Raises :class:`~streamlstm.errors.CheckpointError` with the file at fault.
         """
-        return verify_generation(self._place.files(step), step, self._layout)
+        generation = verify_generation(self._place.files(step), step, self._layout)
+        self._seen_whole(generation)
+        return generation
 
     def files(self, step: int) -> Files:
         """The files of a generation, as they are."""
@@ -151,7 +164,9 @@ class CheckpointStore:
 
     def load(self, step: int) -> Loaded:
         """Check a generation and read it. Raises :class:`~streamlstm.errors.CheckpointError`."""
-        return load_generation(self._place.files(step), step, self._layout)
+        loaded = load_generation(self._place.files(step), step, self._layout)
+        self._seen_whole(loaded.generation)
+        return loaded
 
     def newest(self, beyond: Mapping[int, str] | None = None) -> tuple[Loaded | None, list[Refused]]:
         """
@@ -183,6 +198,7 @@ class CheckpointStore:
 
         Only once an older one was found good: a start that is refused touches nothing.
         """
+        self._forget(step)
         try:
             return self._place.put_aside(step)
         except OSError as error:
@@ -211,6 +227,7 @@ class CheckpointStore:
         the manifest says, else like :meth:`write`; neither leaves anything behind.
         """
         header = read_header(files, step, self._layout)
+        self._forget(step)
         attempt = self._place.begin(step)
         try:
             for name, expected in sorted(header.manifest.files.items()):
@@ -236,23 +253,44 @@ class CheckpointStore:
         then as they were, and the attempt's files are gone if the place lets them be removed.
         """
         attempt = self._place.begin(state.step)
+        self._forget(state.step)
         try:
-            return self._write(state, provenance, beside, attempt)
+            written = self._write(state, provenance, beside, attempt)
         except OSError as error:
             attempt.discard()
             raise CheckpointNotWritten(
                 f"the checkpoint of step {state.step} could not be written to {self.name}: {error.strerror or error}"
             ) from error
+        self._seen_whole(written.generation)
+        return written
 
-    def prune(self, keep: int) -> str:
+    def surplus(self, keep: Keep) -> list[str]:
         """
-        Remove all but the newest ``keep`` generations, oldest first, and as many of those put aside.
+        What :meth:`prune` would remove: generations, oldest first, and all but ``keep.last`` of those put aside.
 
-        Never the newest. Returns why something could not be removed, or nothing: a checkpoint is no less durable
-        because an older one is still there.
+        Never the newest that is whole, whatever stands before it. Days are those of the generations' own stamps, so no
+        clock is asked; each stamp is read once in a process's life.
+        """
+        steps = self.steps()
+        kept = set(steps[-keep.last :])
+        days: set[int] = set()
+        for step in reversed(steps) if keep.daily else ():
+            made = self._provenance(step)
+            if made is not None and len(days) < keep.daily and (day := made.created_ms // _DAY_MS) not in days:
+                days.add(day)
+                kept.add(step)
+        newest = next((step for step in reversed(steps) if self._is_whole(step)), None)
+        going = [name_of(step) for step in steps if step not in kept and step != newest]
+        return going + self.bad()[: -keep.last]
+
+    def prune(self, keep: Keep) -> str:
+        """
+        Remove :meth:`surplus`. Returns why something could not be removed, or nothing.
+
+        A checkpoint is no less durable because an older one is still there.
         """
         try:
-            for name in [name_of(step) for step in self.steps()[:-keep]] + self.bad()[:-keep]:
+            for name in self.surplus(keep):
                 self._place.remove(name)
         except (OSError, StreamlstmError) as error:
             return f"an old checkpoint could not be removed: {error}"
@@ -266,11 +304,34 @@ class CheckpointStore:
         """
         try:
             steps = self.steps()
-            if not steps:
-                return None
-            return read_header(self._place.files(steps[0]), steps[0], self._layout).generation.provenance.progress
+            return self.header(steps[0]).generation.provenance.progress if steps else None
         except (StreamlstmError, OSError):
             return None
+
+    def _provenance(self, step: int) -> Provenance | None:
+        """As the generation tells it, ``None`` when it is bad. A place that does not answer raises."""
+        if step not in self._told:
+            try:
+                self._told[step] = self.header(step).generation.provenance
+            except (CheckpointError, OSError):
+                return None
+        return self._told[step]
+
+    def _is_whole(self, step: int) -> bool:
+        if step not in self._whole:
+            try:
+                self.verify(step)
+            except (CheckpointError, OSError):
+                return False
+        return True
+
+    def _seen_whole(self, generation: Generation) -> None:
+        self._whole.add(generation.step)
+        self._told[generation.step] = generation.provenance
+
+    def _forget(self, step: int) -> None:
+        self._whole.discard(step)
+        self._told.pop(step, None)
 
     def _write(self, state: EngineState, provenance: Provenance, beside: Frozen | None, attempt: Attempt) -> Written:
         began = time.perf_counter()

@@ -19,7 +19,7 @@ from streamlstm.engine.core import Engine
 from streamlstm.errors import StreamlstmError
 from streamlstm.records.batch import Messages, RecordBatch
 from streamlstm.recovery.background import BackgroundWriter, Outcome
-from streamlstm.recovery.checkpoint import CheckpointStore, open_store
+from streamlstm.recovery.checkpoint import CheckpointStore, Keep, open_store
 from streamlstm.recovery.resume import EngineMaker, Ready
 from streamlstm.service.daemon import Daemon, Pace, StoppedEarly
 from streamlstm.service.encode import ForecastEncoder
@@ -104,7 +104,7 @@ class MovedWriter(BackgroundWriter):
     """Whoever waits for the outcome lets the thread run to its end."""
 
     def __init__(self, store: CheckpointStore, keep: int, beside: Beside) -> None:
-        super().__init__(store, keep, start=beside.start)
+        super().__init__(store, Keep(keep), start=beside.start)
         self._beside = beside
 
     def poll(self, timeout_s: float = 0.0) -> Outcome | None:

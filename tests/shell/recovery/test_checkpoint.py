@@ -9,6 +9,7 @@ import stat
 import subprocess
 import sys
 import textwrap
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,8 @@ from streamlstm.engine.state import EngineState
 from streamlstm.errors import CheckpointError, CheckpointNotWritten, ConfigError, Temporary
 from streamlstm.records.batch import SeriesId
 from streamlstm.recovery.background import BackgroundWriter
-from streamlstm.recovery.checkpoint import CheckpointStore, open_store
+from streamlstm.recovery.checkpoint import CheckpointStore, Keep, open_store
+from streamlstm.recovery.directory import Directory, DirectoryFiles
 from streamlstm.recovery.disk import Disk
 from streamlstm.recovery.generations import Provenance, Settings
 from streamlstm.recovery.progress import Link
@@ -104,7 +106,7 @@ def test_what_goes_beside_the_state_comes_back_with_it(store):
 
 def test_what_a_generation_speaks_of_is_made_durable_before_it_and_in_the_same_thread(store):
     seen: list[list[int]] = []
-    writer = BackgroundWriter(store, keep=3, start=lambda work: work())
+    writer = BackgroundWriter(store, Keep(3), start=lambda work: work())
 
     writer.submit(state(1), provenance(), before=lambda: seen.append(store.steps()))
 
@@ -374,10 +376,77 @@ def test_a_bad_generation_put_aside_is_not_seen_again(store):
 def test_the_oldest_leave_first_and_the_newest_never(store):
     write(store, 1, 2, 3, 4)
 
-    assert store.prune(keep=2) == ""
+    assert store.prune(Keep(2)) == ""
     assert store.steps() == [3, 4]
-    assert store.prune(keep=1) == ""
+    assert store.prune(Keep(1)) == ""
     assert store.steps() == [4]
+
+
+DAY = 86_400_000
+
+
+def write_on(store: CheckpointStore, days: dict[int, float]) -> None:
+    """Generations by step, each made at this time, in days."""
+    for step, day in days.items():
+        store.write(state(step), replace(provenance(step), created_ms=int((20_000 + day) * DAY)))
+
+
+@pytest.mark.parametrize(
+    ("days", "keep", "left"),
+    [
+        ({1: 0.0, 2: 0.9, 3: 1.0, 4: 1.5, 5: 1.99, 6: 2.0}, Keep(1, 3), [2, 5, 6]),
+        ({1: 0.0, 2: 0.9, 3: 1.0, 4: 1.5, 5: 1.99, 6: 2.0}, Keep(2, 2), [5, 6]),
+        ({1: 0.0, 2: 0.9, 3: 1.0, 4: 1.5, 5: 1.99, 6: 2.0}, Keep(3, 0), [4, 5, 6]),
+        ({1: 0.0, 2: 100.0, 3: 100.1, 4: 300.0}, Keep(1, 3), [1, 3, 4]),
+        ({1: 5.0, 2: 0.0, 3: 0.5}, Keep(1, 2), [1, 3]),
+    ],
+    ids=[
+        "a day begins at midnight",
+        "last and daily overlap",
+        "no daily",
+        "days without one do not count",
+        "a clock back",
+    ],
+)
+def test_the_newest_stay_and_the_newest_of_each_of_the_last_days(store, days, keep, left):
+    write_on(store, days)
+
+    going = store.surplus(keep)
+
+    assert [int(name) for name in going] == [step for step in days if step not in left]
+    assert store.steps() == list(days)
+    assert store.prune(keep) == ""
+    assert store.steps() == left
+    other = CheckpointStore(store._place)
+    assert other.surplus(keep) == []
+
+
+def test_the_newest_whole_generation_is_never_removed(store):
+    write(store, 1, 2, 3, 4)
+    for step in (3, 4):
+        (store.directory / f"{step:020d}" / "model.pt").write_bytes(b"")
+
+    assert CheckpointStore(store._place).prune(Keep(1)) == ""
+
+    assert store.steps() == [2, 4]
+
+
+def test_a_stamp_is_read_once_in_a_processs_life(store, tmp_path):
+    write_on(store, {step: step / 10 for step in range(1, 9)})
+    reads: list[int] = []
+
+    class Counting(Directory):
+        def files(self, step: int) -> DirectoryFiles:
+            reads.append(step)
+            return super().files(step)
+
+    other = CheckpointStore(Counting(store.directory))
+    other.surplus(Keep(2, 3))
+    first = len(reads)
+    other.surplus(Keep(2, 3))
+
+    assert first == 9  # every stamp, and the newest generation as a whole
+    assert len(reads) == first
 
 
 def test_the_chain_is_needed_from_the_oldest_generation_on(store):
@@ -538,7 +607,7 @@ def test_wherever_the_process_is_killed_the_previous_generation_loads(tmp_path):
         try:
             store.open()
             store.write(state(2), provenance(2))
-            store.prune(keep=1)
+            store.prune(Keep(1))
             finished = True
         except Crash:
             finished = False

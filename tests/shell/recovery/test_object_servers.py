@@ -12,7 +12,7 @@ from fakes import Broker, Process, message
 from test_object_store import provenance, sound, state, write
 
 from streamlstm.errors import CheckpointNotWritten, ConfigError, Temporary
-from streamlstm.recovery.checkpoint import open_store
+from streamlstm.recovery.checkpoint import Keep, open_store
 
 
 @pytest.fixture(params=["s3", "gcs"])
@@ -34,7 +34,7 @@ def test_generations_are_written_verified_loaded_put_aside_and_pruned(url):
     assert sound(other) == 3
     assert store.put_aside(3) == "00000000000000000003.bad-1"
     assert (other.steps(), other.bad(), sound(other)) == ([1, 2], ["00000000000000000003.bad-1"], 2)
-    assert store.prune(keep=1) == ""
+    assert store.prune(Keep(1)) == ""
     assert other.steps() == [2]
     store.close()
     assert sound(open_store(url).open()) == 2

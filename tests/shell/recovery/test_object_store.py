@@ -17,7 +17,7 @@ from streamlstm.engine.state import EngineState
 from streamlstm.errors import CheckpointError, CheckpointNotWritten, ConfigError, Temporary
 from streamlstm.records.batch import SeriesId
 from streamlstm.recovery.background import BackgroundWriter, Failed
-from streamlstm.recovery.checkpoint import CheckpointStore
+from streamlstm.recovery.checkpoint import CheckpointStore, Keep
 from streamlstm.recovery.generations import Provenance, Settings
 from streamlstm.recovery.progress import Link
 from streamlstm.transport.interfaces import Position
@@ -183,7 +183,7 @@ def live(objects: dict[str, bytes], trouble: Trouble) -> CheckpointNotWritten | 
             write(store, step)
         except CheckpointNotWritten as failed:
             error = failed
-        store.prune(keep=1)
+        store.prune(Keep(1))
     return error
 
 
@@ -203,7 +203,7 @@ def test_whatever_call_fails_or_is_the_last_a_whole_generation_loads(kind):
         # Whoever comes next goes on, and what was left behind goes in the end.
         after = object_store(objects).open()
         write(after, 4, 5)
-        assert after.prune(keep=1) == ""
+        assert after.prune(Keep(1)) == ""
         object_store(objects).open()
         assert unnamed(objects) == []
         assert sound(object_store(objects)) == 5
@@ -265,7 +265,7 @@ def test_an_upload_that_may_still_be_going_on_is_not_swept_up():
 def test_the_oldest_leave_first_with_all_their_objects():
     objects = prepared(1, 2, 3)
 
-    assert object_store(objects).open().prune(keep=2) == ""
+    assert object_store(objects).open().prune(Keep(2)) == ""
 
     assert object_store(objects).steps() == [2, 3]
     assert not [name for name in objects if "/00000000000000000001" in name]
@@ -337,7 +337,7 @@ def test_a_call_that_hangs_is_not_waited_for_and_the_next_attempt_succeeds():
         began = time.monotonic()
         try:
             store = object_store(held, trouble, limit_s=0.1).open()
-            writer = BackgroundWriter(store, 3, start=lambda work: work())
+            writer = BackgroundWriter(store, Keep(3), start=lambda work: work())
             writer.submit(state(2), provenance(2))
             outcome = writer.poll()
             assert isinstance(outcome, Failed), at

@@ -10,6 +10,7 @@ from fakes import PACE, Broker, Fate, FatedDisk, Process, message
 
 from streamlstm.errors import CheckpointNotWritten, DataError, Temporary
 from streamlstm.recovery.background import BackgroundWriter, in_a_thread
+from streamlstm.recovery.checkpoint import Keep
 from streamlstm.recovery.progress import Steps, decode_record, read_chain
 from streamlstm.service import daemon
 from streamlstm.service.daemon import CheckpointSchedule
@@ -190,7 +191,7 @@ def test_a_checkpoint_that_never_ends_ends_it_before_the_replay_grows_without_li
     process = Process(filled(1000), tmp_path / "state")
     process.begin()
     assert process.daemon is not None
-    process.daemon._writer = BackgroundWriter(process.store, 3, start=lambda _: None)
+    process.daemon._writer = BackgroundWriter(process.store, Keep(3), start=lambda _: None)
     with pytest.raises(CheckpointNotWritten, match=r"does not end: .* too many to replay") as caught:
         process.daemon.run()
     process.store.close()
@@ -235,7 +236,7 @@ def test_a_checkpoint_that_hangs_does_not_hold_up_the_end(tmp_path):
     process = Process(filled(9), tmp_path / "state", pace=replace(PACE, shutdown_timeout_s=0.5))
     process.begin()
     assert process.daemon is not None
-    process.daemon._writer = BackgroundWriter(process.store, 3, start=lambda _: None)
+    process.daemon._writer = BackgroundWriter(process.store, Keep(3), start=lambda _: None)
     process.daemon.run()
     process.store.close()
 
@@ -261,7 +262,7 @@ def test_the_loop_goes_on_while_a_checkpoint_is_written(tmp_path):
     process.begin()
     waiting: queue.SimpleQueue = queue.SimpleQueue()
     assert process.daemon is not None
-    process.daemon._writer = BackgroundWriter(process.store, 9, start=waiting.put)
+    process.daemon._writer = BackgroundWriter(process.store, Keep(9), start=waiting.put)
     while waiting.empty():
         process.daemon.turn()
     step = process.daemon._engine.step_number
@@ -282,7 +283,7 @@ def test_a_checkpoint_that_ends_while_steps_are_open_does_not_begin_the_next_amo
     process.begin()
     waiting: queue.SimpleQueue = queue.SimpleQueue()
     assert process.daemon is not None
-    process.daemon._writer = BackgroundWriter(process.store, 99, start=waiting.put)
+    process.daemon._writer = BackgroundWriter(process.store, Keep(99), start=waiting.put)
     for _ in range(25):
         process.daemon.turn()
     assert process.daemon._open.reports
