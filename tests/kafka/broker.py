@@ -4,7 +4,7 @@ Where the tests get their brokers from.
 In this order: ``STREAMLSTM_TEST_BOOTSTRAP`` (somebody else's broker: not for tests that kill brokers, or need TLS),
 ``KAFKA_HOME`` (a directory with a ``kafka`` script: see ``../shared/kafka/README.md``), the same in ``../shared/kafka``
 beside the repository, Docker with the official image. With none of them the tests skip, unless
-``STREAMLSTM_TEST_REQUIRE_BROKER=1`` says that skipping is failing.
+``STREAMLSTM_TEST_REQUIRE_BROKER=1`` says that skipping is failing; those on the mock cluster need none of them.
 """
 
 import atexit
@@ -151,7 +151,10 @@ def start(directory: Path, *, brokers: int = 1, secure: bool = False, mortal: bo
         raise NoBroker("brokers to kill, several of them, or TLS need the kafka script (KAFKA_HOME) and java")
     if shutil.which("docker"):
         return Dockered()
-    raise NoBroker("neither STREAMLSTM_TEST_BOOTSTRAP, nor KAFKA_HOME or ../shared/kafka with java, nor docker")
+    raise NoBroker(
+        "neither STREAMLSTM_TEST_BOOTSTRAP, nor KAFKA_HOME or ../shared/kafka with java, nor docker; how errors "
+        "are taken is tested all the same (test_error_codes.py), what readers see, fencing and restarts are not"
+    )
 
 
 def wait_until(true: Callable[[], bool], timeout_s: float, what: str) -> None:

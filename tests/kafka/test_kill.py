@@ -70,13 +70,13 @@ def finish(deployment: Deployment, service: Service) -> None:
     assert chain_of(deployment).last_step > 0
 
 
-def be_killed(service: Service, rng: random.Random) -> None:
+def be_killed(service: Service, rng: random.Random, kills: int = KILLS) -> None:
     """
-    ``KILLS`` lives, each ended at a moment of its own, all along the input.
+    So many lives, each ended at a moment of its own, all along the input.
 
     Every fourth while it starts or replays; the others somewhere between two polls, commits or checkpoints.
     """
-    targets = sorted(rng.randrange(1, int(0.95 * RECORDS)) for _ in range(KILLS))
+    targets = sorted(rng.randrange(1, int(0.95 * RECORDS)) for _ in range(kills))
     for kill, target in enumerate(targets):
         service.start()
         if kill % 4 == 3:
@@ -152,7 +152,24 @@ def remade(deployment: Deployment) -> bool:
 def test_four_partitions_killed_equal_their_recorded_cuts(
     cluster: Cluster, deploy: Callable[..., Deployment], served: Callable[..., Service], tmp_path: Path
 ) -> None:
-    deployment = deploy(cluster).with_topics(partitions=4)
+    killed_they_equal_their_recorded_cuts(deploy(cluster), served, tmp_path, 18, KILLS)
+
+
+@pytest.mark.soak
+@pytest.mark.timeout(7200)
+@pytest.mark.parametrize("seed", range(100, 110))
+def test_killed_five_hundred_times_they_equal_their_recorded_cuts(
+    cluster: Cluster, deploy: Callable[..., Deployment], served: Callable[..., Service], tmp_path: Path, seed: int
+) -> None:
+    began = time.monotonic()
+    killed_they_equal_their_recorded_cuts(deploy(cluster), served, tmp_path, seed, 50)
+    print(f"seed {seed}: 50 kills, {RECORDS} records, {time.monotonic() - began:.0f} s: equal")
+
+
+def killed_they_equal_their_recorded_cuts(
+    deployment: Deployment, served: Callable[..., Service], tmp_path: Path, seed: int, kills: int
+) -> None:
+    deployment.with_topics(partitions=4)
     fill(deployment, partitions=4)
     service = served(
         deployment,
@@ -161,13 +178,13 @@ def test_four_partitions_killed_equal_their_recorded_cuts(
         checkpoint={"url": str(tmp_path / "killed/state"), "every": EVERY},
         sink={"progress": {"trim": False}},
     )
-    be_killed(service, random.Random(18))
+    be_killed(service, random.Random(seed), kills)
     finish(deployment, service)
 
     entries = deployment.progress().read()
     incarnations = [r for e in entries if isinstance(r := decode_record(e), Incarnation)]
-    assert len(incarnations) > KILLS / 2
-    assert len({i.after for i in incarnations}) > KILLS / 2, "killed in between, not always at the same step"
+    assert len(incarnations) > kills / 2
+    assert len({i.after for i in incarnations}) > kills / 2, "killed in between, not always at the same step"
     assert not any(i.rebased for i in incarnations)
     chain = read_chain(entries, deployment.name)
     assert chain.positions == ends_of(deployment)
