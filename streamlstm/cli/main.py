@@ -26,7 +26,8 @@ COMMANDS = {
     "config": Entry("streamlstm.cli.config:config", "Validate or show a configuration.", _SETUP),
     "topics": Entry("streamlstm.cli.topics:topics", "Create the topics a deployment writes to.", _SETUP),
     "produce": Entry("streamlstm.cli.produce:produce", "Load a file into Kafka.", _SETUP),
-    "checkpoint": Entry("streamlstm.cli.checkpoint:checkpoint", "What is stored.", _WATCH),
+    "checkpoint": Entry("streamlstm.cli.checkpoint:checkpoint", "What is stored, and going back.", _WATCH),
+    "verify": Entry("streamlstm.cli.verify:verify", "Prove what was learnt and published.", _WATCH),
     "health": Entry("streamlstm.cli.health:health", "Ask a running service whether it is well.", _WATCH),
 }
 

@@ -41,7 +41,7 @@ def fill(deployment: Deployment) -> None:
 
 
 def tool(service: Service, *args: str) -> tuple[int, str, str]:
-    command = [sys.executable, "-m", "streamlstm.cli.main", "checkpoint", *args, "-c", str(service.file)]
+    command = [sys.executable, "-m", "streamlstm.cli.main", *args, "-c", str(service.file)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     return done.returncode, done.stdout, done.stderr
 
@@ -106,11 +106,11 @@ def test_a_poisoned_range_is_unlearnt_and_readers_can_tell(service: Service) -> 
     excluded = Range(service.deployment.input, 0, *POISON)
     option = f"{excluded.topic}:0:{POISON[0]}-{POISON[1]}"
 
-    code, _, said = tool(service, "revert", str(old[-1]), "--exclude", option)
+    code, _, said = tool(service, "checkpoint", "revert", str(old[-1]), "--exclude", option)
     assert code == 65
     assert "has learnt from" in said
     chain = service.deployment.progress().read()
-    code, out, _ = tool(service, "revert", str(good), "--exclude", option, "--dry-run", "--json")
+    code, out, _ = tool(service, "checkpoint", "revert", str(good), "--exclude", option, "--dry-run", "--json")
     assert code == 0
     told = json.loads(out)
     assert told["revision"] == 1
@@ -122,13 +122,13 @@ def test_a_poisoned_range_is_unlearnt_and_readers_can_tell(service: Service) -> 
     assert service.deployment.progress().read() == chain
     service.start()
     service.wait_ready()
-    assert tool(service, "revert", str(good), "--exclude", option)[0] == 75
+    assert tool(service, "checkpoint", "revert", str(good), "--exclude", option)[0] == 75
     assert service.stop() == 0
 
-    code, out, said = tool(service, "revert", str(good), "--exclude", option)
+    code, out, said = tool(service, "checkpoint", "revert", str(good), "--exclude", option)
     assert code == 0, said
     assert "revision 1" in out
-    assert "nothing was done" in tool(service, "revert", str(good), "--exclude", option)[1]
+    assert "nothing was done" in tool(service, "checkpoint", "revert", str(good), "--exclude", option)[1]
 
     service.start()
     service.wait_ready()
@@ -137,6 +137,12 @@ def test_a_poisoned_range_is_unlearnt_and_readers_can_tell(service: Service) -> 
     service.start()
     service.wait_ready()
     service.wait_consumed(120)
+    code, out, said = tool(service, "verify", "--from", str(old[0]), "--json")
+    assert code == 0, said
+    told = json.loads(out)
+    assert told["holds"]
+    assert told["compared"] == told["steps"] > good
+    assert good in told["states"]
     assert service.stop() == 0
 
     seen = published(service)

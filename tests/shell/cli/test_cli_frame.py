@@ -61,6 +61,7 @@ def program(monkeypatch, tmp_path):
         ["config", "--help"],
         ["config", "show", "--help"],
         ["checkpoint", "restore", "--help"],
+        ["verify", "--help"],
     ],
 )
 def test_help_imports_nothing_heavy(args):

@@ -1,0 +1,213 @@
+"""
+The proof: the recorded steps computed again from a stored state, and every digest compared with what was committed.
+
+Nothing is published, written or locked: it reads the store, the chain and the input, also while the service runs. What
+is compared is all that the chain says (the digest of what each step gave) and all that the store says (weights,
+training and series of each generation that lies on the way).
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
+
+from streamlstm.config.keys import changed
+from streamlstm.engine.report import StepReport
+from streamlstm.errors import CheckpointError, ConfigError, ProgressError
+from streamlstm.records.batch import Cut
+from streamlstm.recovery.checkpoint import CheckpointStore, Refused
+from streamlstm.recovery.exclusions import drop_excluded
+from streamlstm.recovery.fingerprint import Fingerprint, compare_fingerprints
+from streamlstm.recovery.generations import Generation, Loaded, Settings
+from streamlstm.recovery.progress import Chain, RecordedStep
+from streamlstm.recovery.resume import Decode, EngineMaker, Steppable, why_not_on
+from streamlstm.transport.interfaces import Source
+
+
+@dataclass(frozen=True, slots=True)
+class Bench:
+    """What computing again takes: where states and input come from, and how an engine is made of a state."""
+
+    store: CheckpointStore
+    source: Source
+    decode: Decode
+    maker: EngineMaker
+    settings: Settings
+    read_timeout_s: float
+
+
+class Mismatch(NamedTuple):
+    """Where something came out otherwise: the step, its cut, and whether its outputs or the state after it differ."""
+
+    step: int
+    what: Literal["outputs", "weights", "training", "series"]
+    cut: Cut
+
+
+@dataclass(slots=True)
+class Verdict:
+    """
+    What was compared, and what came out otherwise, the first of it in ``first``.
+
+    ``steps`` were computed after that of ``start``, up to ``last``; ``compared`` of them had a digest that counts.
+    ``states`` are the generations on the way that the state agreed with or not, ``passed`` those that were bad.
+    """
+
+    start: int
+    last: int
+    steps: int = 0
+    compared: int = 0
+    messages: int = 0
+    records: int = 0
+    updates: int = 0
+    states: list[int] = field(default_factory=list[int])
+    passed: list[Refused] = field(default_factory=list[Refused])
+    differing_steps: int = 0
+    differing_states: int = 0
+    first: Mismatch | None = None
+
+    @property
+    def holds(self) -> bool:
+        """Whether nothing differs."""
+        return self.first is None
+
+    def differs(self, mismatch: Mismatch) -> None:
+        """One more."""
+        if mismatch.what == "outputs":
+            self.differing_steps += 1
+        else:
+            self.differing_states += 1
+        self.first = self.first or mismatch
+
+
+def find_start(store: CheckpointStore, chain: Chain, step: int) -> Generation:
+    """
+    The newest generation of this step or an earlier one that the chain goes on from.
+
+    Raises :class:`~streamlstm.errors.CheckpointError` when there is none.
+    """
+    for candidate in reversed([there for there in store.steps() if there <= step]):
+        try:
+            generation = store.verify(candidate)
+        except (CheckpointError, OSError):
+            continue
+        if why_not_on(chain, generation) is None:
+            return generation
+    there = ", ".join(map(str, store.steps())) or "none"
+    raise CheckpointError(
+        f"no checkpoint in {store.name} of step {step} or before it can be gone on from; there is: {there}"
+    )
+
+
+def expected_differences(chain: Chain, generation: Generation, last: int, here: Fingerprint) -> list[str]:
+    """
+    Why other bits are to be expected, in words; empty when they are not.
+
+    Steps made on another machine, or a process in between that went on with other bits than were recorded.
+    """
+    told = list(compare_fingerprints(generation.provenance.fingerprint, here))
+    steps = [step for step in chain.after(generation.step) if step.number <= last]
+    for ident in dict.fromkeys(step.incarnation for step in steps):
+        maker = chain.incarnation(ident)
+        told += compare_fingerprints(maker.fingerprint, here) if maker else []
+    for _, taken_over in chain.incarnations:
+        if taken_over.rebased and generation.step < taken_over.checkpoint and taken_over.after < last:
+            told.append(
+                f"the process that took over after step {taken_over.after} had gone on from the checkpoint of step "
+                f"{taken_over.checkpoint} with other bits; what it did can be proven from there"
+            )
+    return list(dict.fromkeys(told))
+
+
+def prove(
+    bench: Bench, chain: Chain, generation: Generation, last: int, each: Callable[[Verdict], None] = lambda _: None
+) -> Verdict:
+    """
+    Compute the recorded steps up to ``last`` again from this generation, and compare; ``each`` is told after each step.
+
+    Raises :class:`~streamlstm.errors.ProgressError` when the chain does not reach back to the generation, and
+    :class:`~streamlstm.errors.LogGap` when the input does not.
+    """
+    loaded = bench.store.load(generation.step)
+    verdict = Verdict(generation.step, last)
+    on_the_way = set(_generations(bench.store, chain, generation.step, last))
+    for engine, step, report, messages in recompute(bench, chain, loaded, last):
+        verdict.steps += 1
+        verdict.messages += messages
+        verdict.records += sum(report.counts().values())
+        verdict.updates += len(report.updates)
+        if step.digest is not None:
+            verdict.compared += 1
+            if report.digest().hex() != step.digest:
+                verdict.differs(Mismatch(step.number, "outputs", step.cut))
+        if step.number in on_the_way:
+            _compare_state(bench.store, engine, step, verdict)
+        each(verdict)
+    return verdict
+
+
+class Recomputed(NamedTuple):
+    """One step computed again: the engine after it, what it gave, and of how many messages."""
+
+    engine: Steppable
+    step: RecordedStep
+    report: StepReport
+    messages: int
+
+
+def recompute(bench: Bench, chain: Chain, loaded: Loaded, last: int) -> Iterator[Recomputed]:
+    """The recorded steps after a generation, in order, up to ``last``."""
+    generation = loaded.generation
+    made = generation.provenance
+    steps = [step for step in chain.to_replay(generation.step) if step.number <= last]
+    if steps and steps[0].number != generation.step + 1:
+        raise ProgressError(
+            f"the chain goes on with step {steps[0].number}, but the checkpoint is of step {generation.step}: it was "
+            "trimmed (sink.progress.trim: false keeps all)"
+        )
+    _check_settings(made.settings.identity, bench.settings.identity)
+    excluded = made.excluded if chain.excluded is None else chain.excluded
+    engine = bench.maker.restore(loaded.state)
+    del loaded  # the engine has its own copy
+    bench.source.seek(made.positions)
+    for step in steps:
+        messages = bench.source.read(step.cut, bench.read_timeout_s)
+        used, _ = drop_excluded(messages, excluded)
+        report = engine.step(bench.decode(used))
+        if report.step != step.number:
+            raise ProgressError(f"computing step {step.number} again, the engine counts {report.step}")
+        yield Recomputed(engine, step, report, len(messages))
+
+
+def _check_settings(then: Mapping[str, object], now: Mapping[str, object]) -> None:
+    keys = changed(then, now)
+    if keys:
+        told = ", ".join(f"{key} (was {then.get(key)!r}, is {now.get(key)!r})" for key in keys)
+        raise ConfigError(f"the steps were computed under another configuration, set it back: {told}")
+
+
+def _generations(store: CheckpointStore, chain: Chain, after: int, last: int) -> Sequence[int]:
+    """Those between, that are whole as far as their JSON files say and on the chain."""
+    found: list[int] = []
+    for step in store.steps():
+        if after < step <= last:
+            try:
+                if why_not_on(chain, store.header(step).generation) is None:
+                    found.append(step)
+            except (CheckpointError, OSError, ProgressError):
+                continue
+    return found
+
+
+def _compare_state(store: CheckpointStore, engine: Steppable, step: RecordedStep, verdict: Verdict) -> None:
+    try:
+        stored = store.load(step.number).state.digests()
+    except (CheckpointError, OSError) as error:
+        if step.number in store.steps():  # else it was pruned meanwhile
+            verdict.passed.append(Refused(step.number, str(error)))
+        return
+    verdict.states.append(step.number)
+    computed = engine.state().digests()
+    for what in ("weights", "training", "series"):
+        if stored[what] != computed[what]:
+            verdict.differs(Mismatch(step.number, what, step.cut))
+            return
