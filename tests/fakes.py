@@ -5,6 +5,7 @@ tiny engine whose every output can be told in advance. :class:`Fate` ends the pr
 
 import hashlib
 import json
+import random
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -23,9 +24,12 @@ from streamlstm.recovery.background import BackgroundWriter
 from streamlstm.recovery.checkpoint import CheckpointStore, Keep, open_store
 from streamlstm.recovery.disk import Disk
 from streamlstm.recovery.generations import Settings
+from streamlstm.recovery.journal import DIRECTORY
+from streamlstm.recovery.journal import Journal as StepJournal
 from streamlstm.recovery.resume import EngineMaker, Ready, Terms, World, resume
 from streamlstm.service.daemon import Daemon, Encode, Pace, Startup
 from streamlstm.service.observer import Observers
+from streamlstm.service.repeat import Repeater
 from streamlstm.service.stopping import Stop
 from streamlstm.transport.interfaces import Fenced, OutMessage, Outputs, Position, ProgressEntry
 
@@ -201,6 +205,36 @@ class MemoryPublisher:
         return offset
 
     def close(self) -> None: ...
+
+
+class MemoryIdempotentPublisher:
+    """
+    One message after the other, in whatever order, once the progress record is in the journal. The process may end
+    before and after each.
+    """
+
+    def __init__(self, broker: Broker, fate: Fate, journal: StepJournal) -> None:
+        self.broker, self.fate, self.journal = broker, fate, journal
+        self.dice = random.Random(len(broker.published))
+
+    def begin_session(self) -> None:
+        self.fate.point()
+        self.journal.open()
+
+    def commit(self, outputs: Outputs) -> int:
+        offset = self.journal.append(outputs.progress)
+        self.publish(outputs.forecasts, outputs.dead_letters)
+        return offset
+
+    def publish(self, forecasts: Sequence[OutMessage], dead_letters: Sequence[OutMessage]) -> None:
+        ways = [(self.broker.published, m) for m in forecasts] + [(self.broker.dead_letters, m) for m in dead_letters]
+        for topic, message in self.dice.sample(ways, len(ways)):
+            self.fate.point()
+            topic.append(message)
+        self.fate.point()
+
+    def close(self) -> None:
+        self.journal.close()
 
 
 class MemoryProgress:
@@ -499,24 +533,32 @@ class Process:
         keep: int = 3,
         disk: Disk | None = None,
         start: str = "earliest",
+        delivery: Literal["exactly_once", "idempotent"] = "exactly_once",
     ) -> None:
         self.fate = fate or Fate()
         self.clock, self.stop, self.journal, self.watching = Clock(), Stop(), Journal(), Watching()
         self.source = MemorySource(broker, self.fate, self.clock, sizes, at_end=self.stop.request)
-        self.publisher = MemoryPublisher(broker, self.fate)
-        local = isinstance(directory, Path)
-        self.store = open_store(directory, disk or FatedDisk(self.fate)) if local else directory
+        disk = disk or FatedDisk(self.fate)
+        progress, repeat = MemoryProgress(broker, self.fate), None
+        if delivery == "exactly_once":
+            self.publisher = MemoryPublisher(broker, self.fate)
+        else:
+            progress = StepJournal(directory / DIRECTORY, disk, segment_bytes=2000)
+            self.publisher = MemoryIdempotentPublisher(broker, self.fate, progress)
+            repeat = Repeater(self.publisher, lambda *_: TinyEncoder())
+        self.store = open_store(directory, disk) if isinstance(directory, Path) else directory
         gain = settings.learning["gain"]
         self.world = World(
             store=self.store,
             source=self.source,
             publisher=self.publisher,
-            progress=MemoryProgress(broker, self.fate),
+            progress=progress,
             decode=decode,
             maker=EngineMaker(lambda: TinyEngine(gain), lambda state: TinyEngine.restore(state, gain)),
             monotonic_s=self.clock,
             wall_s=self.clock,
             new_id=lambda: uuid.uuid4().hex,
+            repeat=repeat,
         )
         self.terms = Terms(settings, start, fingerprint(cpu), on_mismatch, read_timeout_s=1.0)
         self.pace, self.keep = pace, keep
@@ -554,6 +596,7 @@ class Process:
             self.daemon.run()
             return engine
         finally:
+            self.publisher.close()
             self.store.close()
 
 

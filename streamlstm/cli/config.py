@@ -50,9 +50,11 @@ def validate(loaded: "Loaded") -> None:
         ),
     }
     if made.source.type == "kafka":
+        chain = [made.progress_topic] if made.sink.delivery == "exactly_once" else []
         facts |= {
             "reads": f"{', '.join(made.source.topics)} from {', '.join(made.source.bootstrap_servers)}",
-            "writes": f"{made.forecast_topic}, {made.dead_letter_topic}, {made.progress_topic}",
+            "writes": ", ".join([made.forecast_topic, made.dead_letter_topic, *chain]),
+            "delivery": made.sink.delivery,
             "state": made.checkpoint.url,
         }
     for name, fact in facts.items():

@@ -9,6 +9,7 @@ import click
 
 from streamlstm import __version__
 from streamlstm.cli.asked import Asked
+from streamlstm.cli.delivery import progress_log
 from streamlstm.config.keys import changed, identity_values
 from streamlstm.config.model import Config
 from streamlstm.errors import CheckpointError, ConfigError, LogGap, ProgressError, TopicChanged
@@ -26,7 +27,6 @@ from streamlstm.transport.deadline import Deadline
 from streamlstm.transport.files import FileSource
 from streamlstm.transport.interfaces import Frozen, Position, TopicIds
 from streamlstm.transport.kafka.preflight import preflight
-from streamlstm.transport.kafka.progress import KafkaProgressLog
 from streamlstm.transport.kafka.source import KafkaSource
 
 _MESSAGES_A_STEP = 500  # a step this long shows progress; how the stream is divided changes no bit
@@ -269,7 +269,7 @@ def _known(chain: Chain, last: int) -> list[object]:
 
 def _read_from(config: Config, deadline: Deadline, link: Link | None) -> Chain:
     """The chain from this record on; all of it where the record is not there."""
-    log = KafkaProgressLog(config, deadline)
+    log = progress_log(config, deadline)
     chain = read_chain(log.read(link.offset if link else 0), config.name)
     return chain if link is None or chain.first == link else read_chain(log.read(), config.name)
 
@@ -281,7 +281,7 @@ def _span(config: Config, deadline: Deadline, begun: Begun | None, base: Generat
         chain = _read_from(config, deadline, span.link)
         if _known(chain, span.last) != span.known:
             raise ProgressError(
-                f"{config.progress_topic}: the deployment went back, or passed over offsets, since the replay began; "
+                "progress: the deployment went back, or passed over offsets, since the replay began; "
                 "begin again with another --checkpoint-to"
             )
         return chain, span
@@ -307,7 +307,7 @@ def _span(config: Config, deadline: Deadline, begun: Begun | None, base: Generat
     steps = chain.to_replay(0)
     if chain.origin is None or (steps and steps[0].number != 1):
         raise ProgressError(
-            f"{config.progress_topic} does not begin with the first step: it was trimmed, or nothing ran yet; take "
+            "progress does not begin with the first step: it was trimmed, or nothing ran yet; take "
             "--from-checkpoint, and with sink.progress.trim: false all cuts are kept"
         )
     return chain, _Span(

@@ -8,6 +8,7 @@ from contextlib import ExitStack
 
 import click
 
+from streamlstm.cli.delivery import open_delivery
 from streamlstm.cli.options import suggest
 from streamlstm.config.load import Loaded
 from streamlstm.config.model import Config
@@ -21,8 +22,6 @@ from streamlstm.service.logging import configure_logging
 from streamlstm.transport.deadline import Deadline
 from streamlstm.transport.interfaces import Position
 from streamlstm.transport.kafka.preflight import preflight
-from streamlstm.transport.kafka.progress import KafkaProgressLog
-from streamlstm.transport.kafka.publisher import KafkaPublisher
 from streamlstm.transport.kafka.source import KafkaSource
 
 _RANGE = re.compile(r"(?P<topic>[^:]+):(?P<partition>\d+):(?P<start>\d+)-(?P<end>\d+)")
@@ -40,13 +39,15 @@ def revert(loaded: Loaded, ident: str, excluded: Sequence[str], *, dry_run: bool
         step = step_of(store, ident)
         deadline = Deadline(config.runtime.deadline)
         stack.callback(deadline.close)
-        progress = KafkaProgressLog(config, deadline)
-        outlook = look_ahead(store, read_chain(progress.read(), config.name), _earliest(config, deadline), step, ranges)
+        delivery = open_delivery(config, deadline)
+        chain = read_chain(delivery.progress.read(), config.name)
+        outlook = look_ahead(store, chain, _earliest(config, deadline), step, ranges)
         if not dry_run and not outlook.done:
             stack.callback(store.close)
-            publisher = KafkaPublisher(config, deadline)
-            stack.callback(publisher.close)
-            go_back(store, publisher, progress, config.name, step, ranges, lambda: secrets.token_hex(8))
+            stack.callback(delivery.publisher.close)
+            go_back(
+                store, delivery.publisher, delivery.progress, config.name, step, ranges, lambda: secrets.token_hex(8)
+            )
     if as_json:
         click.echo(json.dumps(_as_json(outlook, dry_run=dry_run), indent=2))
     else:

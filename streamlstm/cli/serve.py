@@ -8,6 +8,7 @@ from contextlib import ExitStack
 import structlog
 
 from streamlstm import __version__
+from streamlstm.cli.delivery import open_delivery
 from streamlstm.cli.device import prepare_device
 from streamlstm.config.keys import config_hash, identity_values, learning_values
 from streamlstm.config.model import Config
@@ -30,8 +31,6 @@ from streamlstm.service.stopping import Stop, signals_stop
 from streamlstm.service.watch import watch
 from streamlstm.transport.deadline import Deadline, leave
 from streamlstm.transport.kafka.preflight import preflight
-from streamlstm.transport.kafka.progress import KafkaProgressLog
-from streamlstm.transport.kafka.publisher import KafkaPublisher
 from streamlstm.transport.kafka.source import KafkaSource
 from streamlstm.transport.kafka.topics import check_topics
 
@@ -87,13 +86,13 @@ def _world(
     stack.callback(deadline.close)
     source = KafkaSource(config, deadline)
     stack.callback(source.close)
-    publisher = KafkaPublisher(config, deadline)
-    stack.callback(publisher.close)
+    delivery = open_delivery(config, deadline)
+    stack.callback(delivery.publisher.close)
     return World(
         store=store,
         source=source,
-        publisher=publisher,
-        progress=KafkaProgressLog(config, deadline),
+        publisher=delivery.publisher,
+        progress=delivery.progress,
         decode=decode,
         maker=EngineMaker(
             create=lambda: Engine.create(config, device),
@@ -102,6 +101,7 @@ def _world(
         monotonic_s=time.monotonic,
         wall_s=time.time,
         new_id=lambda: secrets.token_hex(8),
+        repeat=delivery.repeat,
     )
 
 

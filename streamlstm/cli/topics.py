@@ -35,7 +35,8 @@ def topics() -> None:
 @click.option("--json", "as_json", is_flag=True, help="JSON instead of a table.")
 def create(loaded: "Loaded", *, dry_run: bool, partitions: int | None, replication: int | None, as_json: bool) -> None:
     """
-    Create the output, dead-letter and progress topics with the right settings.
+    Create the output, dead-letter and progress topics with the right settings; no progress topic with
+    sink.delivery: idempotent.
 
     Those that are there already are left as they are; in what they differ is said. Run it as often as you like.
     """

@@ -517,8 +517,11 @@ class Sink(Section):
     forecasts: Forecasts = key(Forecasts(), "identity")
     dead_letters: DeadLetters = key(DeadLetters(), "identity")
     progress: Progress = key(Progress(), "identity")
+    delivery: Literal["exactly_once", "idempotent"] = key("exactly_once", "identity")
+    """`exactly_once`: transactions; readers use `isolation.level=read_committed`. `idempotent`: none; every forecast at
+    least once, a second copy byte for byte the same; progress is kept in a journal under `checkpoint.url`."""
     commit_every: Duration = key("100ms", "free")
-    """Longest time a transaction stays open."""
+    """Longest time that outputs are gathered before they are committed together."""
 
 
 class Runtime(Section):
@@ -643,6 +646,7 @@ def _conflicts(config: Config) -> Iterator[Conflict]:
     yield from _source_conflicts(config.source)
     yield from _decode_conflicts(config.source, config.decode)
     yield from _topic_conflicts(config)
+    yield from _delivery_conflicts(config)
     calendar = config.model.calendar
     if len(set(calendar)) != len(calendar):
         yield Conflict("model.calendar", "name each phase once", ("model.calendar",))
@@ -713,6 +717,17 @@ def _decode_conflicts(source: Source, decode: Decode) -> Iterator[Conflict]:
                 yield Conflict(path, fix, (path, "decode.explode"))
 
 
+def _delivery_conflicts(config: Config) -> Iterator[Conflict]:
+    if config.sink.delivery == "exactly_once":
+        return
+    if config.sink.progress.topic is not None:
+        fix = "take it out: with sink.delivery: idempotent progress is kept in a journal under checkpoint.url"
+        yield Conflict("sink.progress.topic", fix, ("sink.progress.topic", "sink.delivery"))
+    if "://" in config.checkpoint.url:
+        fix = "write exactly_once, or a local directory as checkpoint.url: the journal must be on this machine's disk"
+        yield Conflict("sink.delivery", fix, ("sink.delivery", "checkpoint.url"))
+
+
 def _topic_conflicts(config: Config) -> Iterator[Conflict]:
     inputs, sink = config.source.topics, "sink"
     for topic, count in Counter(inputs).items():
@@ -723,7 +738,7 @@ def _topic_conflicts(config: Config) -> Iterator[Conflict]:
     for path, topic in (
         ("sink.forecasts.topic", config.forecast_topic),
         ("sink.dead_letters.topic", config.dead_letter_topic),
-        ("sink.progress.topic", config.progress_topic),
+        *([("sink.progress.topic", config.progress_topic)] if config.sink.delivery == "exactly_once" else []),
     ):
         if topic in taken:
             yield Conflict(path, f"write another topic: {topic} is {taken[topic]} already", involves)

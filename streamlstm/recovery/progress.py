@@ -192,7 +192,8 @@ class Chain:
 
     ``lineage`` and ``revision`` are the newest, ``lineages`` all that were met. ``excluded`` are the newest branch's
     ranges, ``None`` where no branch was read. ``origin`` is what the first of ``steps`` started from, if it was read;
-    ``zeros`` are the digests that a generation 0 may have. All lists are oldest first.
+    ``zeros`` are the digests that a generation 0 may have. ``newest`` is the first step of the newest steps record. All
+    lists are oldest first.
     """
 
     lineage: str | None = None
@@ -202,6 +203,7 @@ class Chain:
     tip: Link | None = None
     trimmed: bool = False
     last_step: int = 0
+    newest: int = 0
     steps: list[RecordedStep] = field(default_factory=list[RecordedStep])
     ends: dict[str, int] = field(default_factory=dict[str, int])
     incarnations: list[tuple[Link, Incarnation]] = field(default_factory=list[tuple[Link, Incarnation]])
@@ -385,7 +387,7 @@ def _admit_steps(chain: Chain, entry: ProgressEntry, record: Steps) -> None:
                 )
             chain.positions[place] = ranged.end
         chain.steps.append(RecordedStep(number, cut, step.digest, record.incarnation))
-    chain.last_step = record.last
+    chain.newest, chain.last_step = record.first, record.last
 
 
 def _without_gaps(recorded: RecordedStep, gaps: Sequence[Gap]) -> RecordedStep:

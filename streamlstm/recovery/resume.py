@@ -38,6 +38,7 @@ from streamlstm.recovery.progress import (
     encode_record,
     read_chain,
 )
+from streamlstm.recovery.repetition import Repeat, Repeated, Repetition
 from streamlstm.transport.interfaces import (
     Fenced,
     LiveSource,
@@ -78,7 +79,11 @@ class EngineMaker:
 
 @dataclass(frozen=True, slots=True)
 class World:
-    """Whom start-up works with: the store, the input, the commit, the chain, and the process's clock and dice."""
+    """
+    Whom start-up works with: the store, the input, the commit, the chain, and the process's clock and dice.
+
+    ``repeat`` is there for a publisher whose commits are not all or nothing.
+    """
 
     store: CheckpointStore
     source: LiveSource
@@ -89,6 +94,7 @@ class World:
     monotonic_s: Callable[[], float]
     wall_s: Callable[[], float]
     new_id: Callable[[], str]
+    repeat: Repeat | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +121,10 @@ class Witness(Protocol):
 
     def replayed(self, step: int, last: int) -> None:
         """One recorded step was computed again."""
+        ...
+
+    def repeated(self, repeated: Repeated) -> None:
+        """The outputs of the newest transaction were published again."""
         ...
 
 
@@ -169,7 +179,8 @@ def resume(world: World, terms: Terms, witness: Witness) -> Ready:
     6.  On a first run, or while there is no step and the configuration changed: make generation 0 durable.
     7.  Write the incarnation.
     8.  Compare fingerprints: the checkpoint's, and those of the incarnations whose steps are to be replayed.
-    9.  Replay: the recorded cuts once more, nothing published, digests compared.
+    9.  Replay: the recorded cuts once more, nothing published, digests compared. Only without transactions, the newest
+        record's outputs are published again, for they may not be out.
     10. Go live: the source stands where the last recorded cut ended.
 
     Raises the errors of :mod:`streamlstm.errors`, each with one line for the operator.
@@ -218,9 +229,11 @@ def resume(world: World, terms: Terms, witness: Witness) -> Ready:
 
     records = 0
     world.source.seek(generation.provenance.positions)
+    newest = Repetition(world.repeat, chain, generation)
     for step in pending:  # 9
-        records += _replay(world, engine, step, excluded, terms.read_timeout_s, compare=not differences)
+        records += _replay(world, engine, step, excluded, terms.read_timeout_s, newest, compare=not differences)
         witness.replayed(step.number, chain.last_step)
+    newest.publish(witness.repeated, rebased=bool(differences))
     positions = chain.positions_after(generation.provenance.positions, generation.step)
     world.source.seek(positions)  # 10
     laps.lap("replay", began)
@@ -532,6 +545,7 @@ def _replay(
     step: RecordedStep,
     excluded: Sequence[Range],
     timeout_s: float,
+    newest: Repetition,
     *,
     compare: bool,
 ) -> int:
@@ -546,4 +560,5 @@ def _replay(
             f"step {step.number} gives another output now than was committed, on the same machine and libraries: its "
             "input has changed (compacted or re-created topic), or a computation is not deterministic"
         )
+    newest.add(step, report, used)
     return len(messages)

@@ -21,6 +21,7 @@ from streamlstm.recovery.checkpoint import Refused
 from streamlstm.recovery.exclusions import drop_excluded
 from streamlstm.recovery.generations import Provenance
 from streamlstm.recovery.progress import Link, digest_record, encode_record, positions_after, record_steps
+from streamlstm.recovery.repetition import Repeated
 from streamlstm.recovery.resume import Ready, Terms, World, judge_fenced
 from streamlstm.service.observer import Checkpointed, Committed, Observer, Resumed, StepTimings
 from streamlstm.service.stopping import Stop
@@ -69,6 +70,14 @@ class Encode(Protocol):
     def encode_dead_letters(self, report: StepReport, messages: Messages) -> Sequence[OutMessage]:
         """One message per message with rejected rows."""
         ...
+
+
+def encode_outputs(
+    encode: Encode, report: StepReport, messages: Messages
+) -> tuple[Sequence[OutMessage], Sequence[OutMessage]]:
+    """The forecasts and dead letters of a step."""
+    dead_letters = encode.encode_dead_letters(report, messages) if report.rejected else ()
+    return encode.encode_forecasts(report), dead_letters
 
 
 @dataclass(frozen=True, slots=True)
@@ -283,10 +292,9 @@ class Daemon:
         decoded_s = self._now_s()
         report = self._engine.step(batch)
         stepped_s = self._now_s()
-        dead_letters = self._encode.encode_dead_letters(report, messages) if report.rejected else ()
         if not self._open.reports:
             self._open.opened_s = stepped_s
-        self._open.add(report, self._encode.encode_forecasts(report), dead_letters, excluded)
+        self._open.add(report, *encode_outputs(self._encode, report, messages), excluded)
         self._schedule.consumed(len(batch) + len(batch.rejected) + excluded)
         timings = StepTimings(polled_s - began_s, decoded_s - polled_s, stepped_s - decoded_s)
         self._observer.observe_step(report, timings, _bytes_by_topic(messages))
@@ -490,6 +498,10 @@ class Startup:
             self._told_s = now_s
             self._observer.observe_phase("replaying")
             self._log.info("replaying", step=step, last=last)
+
+    def repeated(self, repeated: Repeated) -> None:
+        """See :class:`~streamlstm.recovery.resume.Witness`."""
+        self._log.info("published again; readers may have seen some of it before", **repeated._asdict())
 
     def ready(self, ready: Ready) -> None:
         """Start-up is over."""

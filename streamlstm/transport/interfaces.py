@@ -38,7 +38,7 @@ class OutMessage(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Outputs:
-    """What one transaction makes visible together, or not at all."""
+    """What one commit publishes: a transaction, where there are transactions."""
 
     forecasts: Sequence[OutMessage]
     dead_letters: Sequence[OutMessage]
@@ -105,16 +105,18 @@ class Publisher(Protocol):
     """The checked commit."""
 
     def begin_session(self) -> None:
-        """Take ownership: fence whoever published under this name before."""
+        """Take ownership: whoever published under this name before, as far as it can be told, cannot any more."""
         ...
 
     def commit(self, outputs: Outputs) -> int:
         """
-        Make ``outputs`` visible, all or nothing, and return the progress record's offset. It has happened when this
-        returns; when it raises, nobody knows, and only the progress log can tell. Raises :class:`Fenced`,
-        :class:`~streamlstm.errors.NotAuthorised`, :class:`~streamlstm.errors.DataError` (a message is larger than
-        the topic allows), :class:`~streamlstm.errors.StartOver` or another :class:`~streamlstm.errors.Temporary`; after
-        any of them nothing can be published until a new session has begun.
+        Make ``outputs`` visible and return the progress record's offset. It has happened when this returns; when it
+        raises, nobody knows, and only the progress log can tell: a record that is in it counts. By transactions its
+        outputs are then visible too, all or nothing; without them they are to be published again. Raises
+        :class:`Fenced`, :class:`~streamlstm.errors.NotAuthorised`, :class:`~streamlstm.errors.DataError` (a message is
+        larger than the topic allows), :class:`~streamlstm.errors.CheckpointNotWritten` (a progress log on a disk that
+        fails), :class:`~streamlstm.errors.StartOver` or another :class:`~streamlstm.errors.Temporary`; after any of
+        them nothing can be published until a new session has begun.
         """
         ...
 
@@ -139,6 +141,22 @@ class ProgressLog(Protocol):
 
     def trim(self, before: int) -> None:
         """Forget entries below this offset."""
+        ...
+
+
+class DurableLog(Protocol):
+    """Where a progress record is safe before anything of its step is published."""
+
+    def open(self) -> None:
+        """Go on after the last record that was acknowledged."""
+        ...
+
+    def append(self, value: bytes) -> int:
+        """Make a record durable; its offset. Raises :class:`~streamlstm.errors.CheckpointNotWritten`, then for ever."""
+        ...
+
+    def close(self) -> None:
+        """Append no more. Never raises."""
         ...
 
 

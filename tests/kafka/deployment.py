@@ -20,7 +20,16 @@ from streamlstm.transport.kafka.topics import create_topics
 class Deployment:
     """Named apart from every other, so that tests share a broker without meeting."""
 
-    def __init__(self, cluster: Cluster, name: str, directory: Path, *, deadline: str = "20s", **source: Any) -> None:
+    def __init__(
+        self,
+        cluster: Cluster,
+        name: str,
+        directory: Path,
+        *,
+        deadline: str = "20s",
+        delivery: str = "exactly_once",
+        **source: Any,
+    ) -> None:
         self.cluster = cluster
         self.name = name
         self.input = f"{name}.in"
@@ -30,6 +39,8 @@ class Deployment:
             "source": {"bootstrap_servers": cluster.bootstrap, "topics": [self.input], **source},
             "decode": {"series_id": ["@key"], "timestamp": {"path": "$.ts"}, "target": "$.value"},
             "runtime": {"deadline": deadline},
+            "sink": {"delivery": delivery},
+            "checkpoint": {"url": str(directory / "state")},
         })  # fmt: skip
         self.expired: list[str] = []
         # Longer than the clients' own time-outs, whatever the machine; and it must not end the test run.

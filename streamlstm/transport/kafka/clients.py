@@ -14,7 +14,7 @@ from kafka.record.default_records import DefaultRecordBatch
 from streamlstm.config.model import Config, Source
 from streamlstm.errors import Unavailable
 from streamlstm.transport.kafka.explain import explained
-from streamlstm.transport.kafka.settings import admin_settings, consumer_settings, producer_settings, quieten
+from streamlstm.transport.kafka.settings import admin_settings, consumer_settings, quieten
 
 # Untyped, because the stubs that pyright brings along are those of kafka-python 2.
 Admin: TypeAlias = Any
@@ -50,9 +50,9 @@ def open_consumer(config: Config, **settings: object) -> Consumer:
     return consumer
 
 
-def open_transactional_producer(config: Config) -> Producer:
-    """The producer of the checked commit. Raises :class:`~streamlstm.errors.Unavailable` when no broker answers."""
-    return _open(KafkaProducer, {**producer_settings(config), "kafka_client": PatientClient})
+def open_checked_producer(settings: Mapping[str, Any]) -> Producer:
+    """A producer whose every result is waited for. Raises :class:`~streamlstm.errors.Unavailable` without a broker."""
+    return _open(KafkaProducer, {**settings, "kafka_client": PatientClient})
 
 
 def open_producer(settings: Mapping[str, Any]) -> Producer:

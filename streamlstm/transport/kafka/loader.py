@@ -8,7 +8,7 @@ from kafka import errors as kafka_errors
 from streamlstm.config.model import Source
 from streamlstm.transport.kafka.clients import close_producer, open_producer
 from streamlstm.transport.kafka.explain import explain
-from streamlstm.transport.kafka.publisher import Partitioner
+from streamlstm.transport.kafka.sending import Partitioner
 from streamlstm.transport.kafka.settings import loader_settings
 from streamlstm.transport.kafka.topics import Made, Plan, admin, describe, ensure, no_such_topic
 

@@ -7,24 +7,16 @@ normally while every send has failed. So nothing is believed here but the result
 :class:`~streamlstm.transport.deadline.Deadline`.
 """
 
-import contextlib
-from collections.abc import Iterator, Sequence
-from typing import Any
-
 from kafka import errors as kafka_errors
-from kafka.partitioner.default import murmur2
 
 from streamlstm.config.model import Config
-from streamlstm.errors import StartOver, StreamlstmError, Temporary
+from streamlstm.errors import StreamlstmError, Temporary
 from streamlstm.transport.deadline import Deadline
-from streamlstm.transport.interfaces import OutMessage, Outputs
-from streamlstm.transport.kafka.clients import Producer, close_producer, open_transactional_producer
+from streamlstm.transport.interfaces import Outputs
+from streamlstm.transport.kafka.clients import Producer, close_producer, open_checked_producer
 from streamlstm.transport.kafka.explain import explain
-from streamlstm.transport.kafka.settings import SHARD
-
-_REMEMBERED_KEYS = 200_000
-_LONGEST_REMEMBERED = 256
-"""Bytes of a key. A dead letter keeps the key it came with, which may be as long as a message."""
+from streamlstm.transport.kafka.sending import Partitioner, Sending, to_start_over
+from streamlstm.transport.kafka.settings import SHARD, transaction_settings
 
 
 class KafkaPublisher:
@@ -50,7 +42,7 @@ class KafkaPublisher:
         """
         self.close()
         with self._deadline.guard("taking over the transactional id"):
-            producer = open_transactional_producer(self._config)
+            producer = open_checked_producer(transaction_settings(self._config))
             try:
                 producer.init_transactions()
             except kafka_errors.KafkaError as error:
@@ -76,7 +68,7 @@ class KafkaPublisher:
             except Exception as error:
                 self.close()
                 if isinstance(error, kafka_errors.KafkaError | StreamlstmError):
-                    raise _to_start_over(explain(error, "committing a transaction")) from error
+                    raise to_start_over(explain(error, "committing a transaction")) from error
                 raise
 
     def close(self) -> None:
@@ -86,81 +78,12 @@ class KafkaPublisher:
             close_producer(producer)
 
     def _commit(self, outputs: Outputs) -> int:
-        producer, timeout_s = self._producer, self._deadline.limit_s
-        producer.begin_transaction()
-        sent: list[tuple[str, Any]] = []
-        refused: kafka_errors.KafkaError | None = None
-        try:
-            sent.extend(self._send(self._config.forecast_topic, outputs.forecasts))
-            sent.extend(self._send(self._config.dead_letter_topic, outputs.dead_letters))
-            progress = self._config.progress_topic
-            sent.append((progress, producer.send(progress, outputs.progress, partition=SHARD)))
-        except kafka_errors.KafkaError as error:
-            refused = error  # because an earlier one failed, most likely: that one's result has the reason
-        with contextlib.suppress(kafka_errors.KafkaError):
-            # It may raise "Future not done" after a failed batch, or return after a lost one: the results decide.
-            producer.flush(timeout=timeout_s)
-        for topic, future in sent:
-            _believe(topic, future, timeout_s)
-        if refused is not None:
-            raise refused
-        producer.commit_transaction()
-        return sent[-1][1].value.offset
-
-    def _send(self, topic: str, messages: Sequence[OutMessage]) -> Iterator[tuple[str, Any]]:
-        if not messages:
-            return
-        producer = self._producer
-        count = len(producer.partitions_for(topic))
-        for message in messages:
-            # kafka-python refuses a message with neither key nor value, which Kafka itself allows.
-            value = b"" if message.key is None and message.value is None else message.value
-            future = producer.send(
-                topic,
-                value,
-                key=message.key,
-                headers=message.headers,
-                partition=self._partitions.choose(message.key, count),
-                timestamp_ms=message.timestamp_ms,
-            )
-            yield topic, future
-
-
-def _to_start_over(told: StreamlstmError) -> StreamlstmError:
-    """What is only temporary, and was not a fence, is mended by a new producer and another start-up."""
-    return StartOver(str(told)) if type(told) is Temporary else told
-
-
-def _believe(topic: str, future: Any, timeout_s: float) -> None:  # noqa: ANN401, because the client is untyped
-    """Take a result, or say what became of it."""
-    try:
-        future.get(timeout=timeout_s)
-    except kafka_errors.KafkaError as error:
-        raise explain(error, f"publishing to {topic}") from error
-
-
-class Partitioner:
-    """
-    Every Kafka client's default: murmur2 of the key, modulo the number of partitions. Hashes are remembered.
-
-    kafka-python computes the same in Python for every send, which costs a third of it; keys here repeat.
-
-    >>> Partitioner().choose(b"foobar", 1000), Partitioner().choose(None, 1000)
-    (166, None)
-    """
-
-    def __init__(self) -> None:
-        self._hashes: dict[bytes, int] = {}
-
-    def choose(self, key: bytes | None, partitions: int) -> int | None:
-        """The partition for a key; without one, the client spreads."""
-        if key is None:
-            return None
-        hashed = self._hashes.get(key)
-        if hashed is None:
-            hashed = murmur2(key) & 0x7FFFFFFF
-            if len(key) <= _LONGEST_REMEMBERED:
-                if len(self._hashes) >= _REMEMBERED_KEYS:
-                    self._hashes.clear()
-                self._hashes[key] = hashed
-        return hashed % partitions
+        self._producer.begin_transaction()
+        sending = Sending(self._producer, self._partitions, self._deadline.limit_s)
+        sending.send(self._config.forecast_topic, outputs.forecasts)
+        sending.send(self._config.dead_letter_topic, outputs.dead_letters)
+        sending.send_value(self._config.progress_topic, outputs.progress, SHARD)
+        offset = sending.settle()
+        assert offset is not None
+        self._producer.commit_transaction()
+        return offset

@@ -174,7 +174,7 @@ def consumer_settings(config: Config) -> dict[str, Any]:
 
 def producer_settings(config: Config) -> dict[str, Any]:
     """
-    Of the transactional producer.
+    Of an idempotent producer, as it is for forecasts without transactions.
 
     Its own time-outs end before ``runtime.deadline``, so that a failure is an exception with a reason; the deadline
     is for the calls that have none.
@@ -194,12 +194,19 @@ def producer_settings(config: Config) -> dict[str, Any]:
         "delivery_timeout_ms": patience_ms,
         "max_block_ms": patience_ms,
         "bootstrap_timeout_ms": patience_ms,
-        "transactional_id": f"{config.name}-{SHARD}",
-        # A little longer than we would wait: an abandoned transaction blocks its readers until then.
-        "transaction_timeout_ms": int(1000 * config.runtime.deadline) + 10_000,
         "enable_idempotence": True,
         "acks": "all",
         "allow_auto_create_topics": False,
+    }
+
+
+def transaction_settings(config: Config) -> dict[str, Any]:
+    """Of the transactional producer."""
+    return {
+        **producer_settings(config),
+        "transactional_id": f"{config.name}-{SHARD}",
+        # A little longer than we would wait: an abandoned transaction blocks its readers until then.
+        "transaction_timeout_ms": int(1000 * config.runtime.deadline) + 10_000,
     }
 
 

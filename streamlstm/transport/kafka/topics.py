@@ -1,7 +1,8 @@
 """
 Topics: what they are, whether they will do, and making those that are ours.
 
-Ours are three: forecasts, dead letters, and progress, whose one partition per shard is the chain of committed steps.
+Ours are three: forecasts, dead letters, and progress, whose one partition per shard is the chain of committed steps;
+without transactions that chain is on the disk, and there are two.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -131,10 +132,11 @@ def check_topics(config: Config) -> list[str]:
     there = {name: topic for name, topic in found.items() if topic is not None}
     if len(there) < len(found):
         raise missing(config, found.keys() - there.keys())
-    progress, forecasts, dead_letters = (there[name] for name in _ours(config))
-    _refuse_progress(progress)
-    warnings = [w for topic in (progress, forecasts) for w in _durability(topic)]
-    warnings += _progress_retention(progress)
+    forecasts, dead_letters, *chain = (there[name] for name in _ours(config))
+    for progress in chain:
+        _refuse_progress(progress)
+    warnings = [w for topic in (*chain, forecasts) for w in _durability(topic)]
+    warnings += [w for progress in chain for w in _progress_retention(progress)]
     inputs = [there[name] for name in config.source.topics]
     warnings += [w for topic in inputs for w in _input_warnings(topic)]
     warnings += _room_for_dead_letters(dead_letters, inputs)
@@ -143,9 +145,10 @@ def check_topics(config: Config) -> list[str]:
     return warnings
 
 
-def _ours(config: Config) -> tuple[str, str, str]:
-    """Progress, forecasts, dead letters."""
-    return config.progress_topic, config.forecast_topic, config.dead_letter_topic
+def _ours(config: Config) -> tuple[str, ...]:
+    """Forecasts, dead letters, and progress where it is kept in a topic."""
+    outputs = config.forecast_topic, config.dead_letter_topic
+    return (*outputs, config.progress_topic) if config.sink.delivery == "exactly_once" else outputs
 
 
 def _refuse_progress(topic: Topic) -> None:
@@ -224,12 +227,12 @@ def _room_for_dead_letters(dead_letters: Topic, inputs: Sequence[Topic]) -> list
 
 def plan_topics(config: Config, inputs: Sequence[Topic], partitions: int | None, replicas: int | None) -> list[Plan]:
     """
-    The three topics of a deployment, with the settings they need. ``None`` = as many partitions as the widest input;
+    The topics of a deployment, with the settings they need. ``None`` = as many partitions as the widest input;
     the broker's own replication factor.
 
     Timestamps of forecasts and dead letters are those of their inputs, however old or far ahead.
     """
-    progress, forecasts, dead_letters = _ours(config)
+    forecasts, dead_letters, *chain = _ours(config)
     wide = partitions or max((len(t.partitions) for t in inputs), default=1)
     copies = replicas or -1
     times = {
@@ -242,7 +245,7 @@ def plan_topics(config: Config, inputs: Sequence[Topic], partitions: int | None,
     return [
         Plan(forecasts, "forecasts", wide, copies, times),
         Plan(dead_letters, "dead letters", wide, copies, {**times, "max.message.bytes": str(largest + _HEADROOM)}),
-        Plan(progress, "progress", SHARDS, copies, kept),
+        *(Plan(progress, "progress", SHARDS, copies, kept) for progress in chain),
     ]
 
 

@@ -14,6 +14,7 @@ from streamlstm.transport.kafka.settings import (
     password,
     producer_settings,
     ssl_context,
+    transaction_settings,
 )
 
 
@@ -27,7 +28,7 @@ def config(**source: Any) -> Config:
 
 
 def test_what_correctness_hangs_on_is_set() -> None:
-    consumer, producer = consumer_settings(config()), producer_settings(config())
+    consumer, producer = consumer_settings(config()), transaction_settings(config())
     assert consumer["auto_offset_reset"] == "none"
     assert consumer["isolation_level"] == "read_committed"
     assert consumer["enable_auto_commit"] is False
@@ -38,7 +39,7 @@ def test_what_correctness_hangs_on_is_set() -> None:
 
 
 def test_a_failure_comes_before_the_deadline() -> None:
-    producer = producer_settings(config())
+    producer = transaction_settings(config())
     assert producer["request_timeout_ms"] + producer["linger_ms"] < producer["delivery_timeout_ms"] < 30_000
     assert producer["max_block_ms"] < 30_000 < producer["transaction_timeout_ms"]
 

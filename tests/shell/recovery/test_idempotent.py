@@ -1,0 +1,328 @@
+"""Without transactions: killed anywhere, every forecast is there, and a second copy is byte for byte the first."""
+
+import contextlib
+import itertools
+import random
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from fakes import PACE, Broker, Crash, Fate, Process, TinyEncoder, message
+
+from streamlstm.errors import CheckpointNotWritten, ProgressError
+from streamlstm.recovery.disk import Disk
+from streamlstm.recovery.journal import Journal
+from streamlstm.recovery.progress import Chain, Incarnation, Steps, decode_record, read_chain
+from streamlstm.service.repeat import Repeater
+from streamlstm.transport.interfaces import OutMessage
+
+KEEP_ALL = replace(PACE, trim=False)
+NO_CHECKPOINTS = replace(KEEP_ALL, checkpoint_every_records=1000)
+
+
+def filled(records: int = 60, partitions: int = 1) -> Broker:
+    """An input with a few bad messages and offsets that hold nothing."""
+    logs: list[list[bytes | None]] = [[] for _ in range(partitions)]
+    for i in range(records):
+        log = logs[i % partitions]
+        if i % 17 == 5:
+            log.append(None)
+        log.append(b"broken" if i % 13 == 4 else message(f"s{i % 3}", float(i * 7 % 31)))
+    return Broker({"in": logs})
+
+
+def life(broker: Broker, directory: Path, fate: Fate | None = None, **options) -> Process:
+    return Process(broker, directory, fate, **{"pace": KEEP_ALL, "delivery": "idempotent", **options})
+
+
+def once(messages: list[OutMessage]) -> dict[bytes, bytes]:
+    """Each message by its coordinates; a copy that differs is the end."""
+    seen: dict[bytes, bytes] = {}
+    for m in messages:
+        value = m.value or b""
+        assert seen.setdefault(value.split(b"=")[0], value) == value
+    return seen
+
+
+def out(broker: Broker) -> tuple[dict[bytes, bytes], dict[bytes, bytes]]:
+    return once(broker.published), once(broker.dead_letters)
+
+
+def chain_of(directory: Path) -> Chain:
+    return read_chain(Journal(directory / "journal").read(), "n")
+
+
+def never_stopped(tmp_path: Path, **filling) -> tuple[tuple, dict[str, str]]:
+    broker = filled(**filling)
+    engine = life(broker, tmp_path / "reference").run()
+    assert len(broker.published) == len(out(broker)[0])
+    return out(broker), engine.state().digests()
+
+
+def check_against_oracle(broker: Broker, engine, directory: Path) -> None:
+    """The journal's cuts, without interruption, give these forecasts and this state."""
+    oracle = Process(broker, directory.with_name("oracle"))
+    fresh, forecasts = oracle.world.maker.create(), []
+    oracle.source.seek(oracle.source.resolve_start("earliest"))
+    for step in chain_of(directory).after(0):
+        report = fresh.step(oracle.world.decode(oracle.source.read(step.cut, 1.0)))
+        assert report.digest().hex() == step.digest
+        forecasts += TinyEncoder().encode_forecasts(report)
+    assert once(forecasts) == out(broker)[0]
+    assert fresh.state().digests() == engine.state().digests()
+
+
+def test_killed_at_any_call_nothing_is_lost_and_no_copy_differs(tmp_path):
+    reference, digests = never_stopped(tmp_path, records=30)
+    copies = 0
+    for at in itertools.count():
+        broker, state = filled(records=30), tmp_path / "state"
+        process = life(broker, state, Fate(at))
+        try:
+            process.run()
+            finished = True
+        except Crash:
+            finished = False
+        engine = life(broker, state).run()
+
+        # One partition: the log alone decides, so it is what a process that was never killed publishes.
+        assert out(broker) == reference, at
+        assert engine.state().digests() == digests, at
+        copies += len(broker.published) - len(reference[0])
+        shutil.rmtree(state)
+        if finished:
+            break
+    assert at > 120
+    assert copies > 50
+
+
+def test_killed_at_any_call_with_several_partitions_equals_the_journals_cuts(tmp_path):
+    rng = random.Random(17)
+    for at in range(0, 400, 9):
+        broker, state = filled(partitions=3), tmp_path / "state"
+        with contextlib.suppress(Crash):
+            life(broker, state, Fate(at), sizes=(5, 9, 1)).run()
+        sizes = tuple(rng.randrange(1, 12) for _ in range(5))
+        engine = life(broker, state, sizes=sizes).run()
+
+        check_against_oracle(broker, engine, state)
+        assert sum(map(len, out(broker))) == 60
+        shutil.rmtree(state)
+
+
+def test_kills_during_recovery_and_repetition_are_no_different(tmp_path):
+    reference, digests = never_stopped(tmp_path)
+    rng = random.Random(17)
+    kills = 0
+    for _ in range(60):
+        broker, state = filled(), tmp_path / "state"
+        for _ in range(rng.randrange(2, 5)):
+            try:
+                life(broker, state, Fate(rng.randrange(110))).run()
+            except Crash:
+                kills += 1
+        engine = life(broker, state).run()
+
+        assert out(broker) == reference
+        assert engine.state().digests() == digests
+        shutil.rmtree(state)
+    assert kills > 100
+
+
+def test_kills_with_a_trimmed_journal_are_no_different(tmp_path):
+    reference, digests = never_stopped(tmp_path, records=200)
+    trimmed = 0
+    for at in range(40, 900, 41):
+        broker, state = filled(records=200), tmp_path / "state"
+        with contextlib.suppress(Crash):
+            life(broker, state, Fate(at), keep=2, pace=PACE).run()
+        engine = life(broker, state, keep=2, pace=PACE).run()
+
+        assert out(broker) == reference
+        assert engine.state().digests() == digests
+        trimmed += chain_of(state).trimmed
+        shutil.rmtree(state)
+    assert trimmed > 5
+
+
+def test_the_incarnation_is_journalled_before_anything_else(tmp_path):
+    life(filled(records=9), tmp_path / "state").run()
+
+    first, *rest = [decode_record(entry) for entry in Journal(tmp_path / "state" / "journal").read()]
+    assert isinstance(first, Incarnation)
+    assert first.origin is not None
+    assert all(isinstance(record, Steps) for record in rest)
+
+
+def repeated(process: Process) -> list[dict[str, object]]:
+    """What the start said about publishing again."""
+    return [facts for _, event, facts in process.journal.lines if event.startswith("published again")]
+
+
+def die_at_commit(broker: Broker, state: Path, number: int, when: str) -> list[OutMessage]:
+    """A process that dies while it commits for the so-many-th time (1 is the incarnation); what it then had to say."""
+    process = life(broker, state, pace=NO_CHECKPOINTS)
+    commit, left = process.publisher.commit, [number]
+    last: list[OutMessage] = []
+
+    def and_die(outputs):
+        left[0] -= 1
+        if left[0]:
+            return commit(outputs)
+        last[:] = outputs.forecasts
+        process.publisher.journal.append(outputs.progress)
+        if when == "in the middle":
+            process.publisher.publish(outputs.forecasts[:3], [])
+        elif when == "after":
+            process.publisher.publish(outputs.forecasts, outputs.dead_letters)
+        raise Crash
+
+    process.publisher.commit = and_die
+    with pytest.raises(Crash):
+        process.run()
+    return last
+
+
+@pytest.mark.parametrize(("when", "there"), [("before", 0), ("in the middle", 3), ("after", 11)])
+def test_the_newest_record_is_published_again_and_no_other(tmp_path, when, there):
+    broker, state = filled(records=40), tmp_path / "state"
+    newest = die_at_commit(broker, state, 4, when)
+    before = list(broker.published)
+    assert sum(m in newest for m in before) == there
+
+    process = life(broker, state, pace=NO_CHECKPOINTS)
+    process.begin()
+    process.publisher.close()
+    process.store.close()
+
+    assert sorted(m.value for m in broker.published[len(before) :]) == sorted(m.value for m in newest)
+    ((_, _, facts),) = [line for line in process.journal.lines if line[1].startswith("published again")]
+    assert facts["same_bytes"]
+    assert facts["last"] == chain_of(state).last_step
+
+
+def test_dead_letters_are_published_again_too(tmp_path):
+    broker, state = filled(records=40), tmp_path / "state"
+    die_at_commit(broker, state, 2, "before")
+    assert broker.dead_letters == []
+
+    life(broker, state).run()
+
+    assert len(out(broker)[1]) == 3
+
+
+def test_what_a_checkpoint_stands_on_is_out_and_is_not_repeated(tmp_path):
+    broker, state = filled(records=40), tmp_path / "state"
+    life(broker, state).run()
+    published = len(broker.published)
+
+    again = life(broker, state)
+    again.run()
+
+    assert repeated(again) == []
+    assert len(broker.published) == published
+
+
+def test_a_start_that_was_killed_before_its_first_step_repeats_what_the_one_before_left(tmp_path):
+    broker, state = filled(records=40), tmp_path / "state"
+    newest = die_at_commit(broker, state, 4, "before")
+    for _ in range(2):
+        process = life(broker, state)
+        process.publisher.publish = lambda *_: (_ for _ in ()).throw(Crash)
+        with pytest.raises(Crash):
+            process.begin()
+        process.publisher.close()
+        process.store.close()
+    assert all(m not in broker.published for m in newest)
+
+    life(broker, state).run()
+
+    assert all(m in broker.published for m in newest)
+
+
+def test_a_record_that_was_cut_off_is_dropped_and_its_input_consumed_again(tmp_path):
+    reference, digests = never_stopped(tmp_path)
+    broker, state = filled(), tmp_path / "state"
+    die_at_commit(broker, state, 3, "before")
+    newest = max((state / "journal").iterdir())
+    newest.write_bytes(newest.read_bytes()[:-5])
+
+    engine = life(broker, state).run()
+
+    assert out(broker) == reference
+    assert engine.state().digests() == digests
+
+
+def test_a_damaged_journal_is_refused_with_its_file(tmp_path):
+    broker, state = filled(), tmp_path / "state"
+    die_at_commit(broker, state, 4, "after")
+    oldest = min((state / "journal").iterdir())
+    data = oldest.read_bytes()
+    oldest.write_bytes(data[:100] + bytes([data[100] ^ 1]) + data[101:])
+
+    with pytest.raises(ProgressError, match=f"{oldest.name}: record 0, at byte 0, is damaged"):
+        life(broker, state).run()
+
+
+def test_on_another_machine_the_copies_may_differ_and_that_is_said(tmp_path):
+    broker, state = filled(records=40), tmp_path / "state"
+    die_at_commit(broker, state, 4, "in the middle")
+
+    process = life(broker, state, cpu="other")
+    process.run()
+
+    (facts,) = repeated(process)
+    assert facts["same_bytes"] is False
+
+
+def test_what_is_repeated_is_encoded_as_it_was_recorded(tmp_path):
+    broker, state = filled(records=40), tmp_path / "state"
+    die_at_commit(broker, state, 4, "before")
+    asked = []
+    process = life(broker, state)
+    repeat = Repeater(process.publisher, lambda *told: (asked.append(told), TinyEncoder())[1])
+    process.world = replace(process.world, repeat=repeat)
+    process.terms = replace(process.terms, settings=replace(process.terms.settings, hash="another"))
+
+    process.begin()
+    process.publisher.close()
+    process.store.close()
+
+    assert asked == [("hash", 0)]
+
+
+def test_with_transactions_nothing_is_published_again(tmp_path):
+    broker, state = filled(records=40), tmp_path / "state"
+    process = Process(broker, state, Fate(60), pace=NO_CHECKPOINTS)
+    with pytest.raises(Crash):
+        process.run()
+    published = list(broker.published)
+
+    again = Process(broker, state)
+    ready = again.begin()
+    again.store.close()
+
+    assert ready.replayed_steps > 0
+    assert broker.published == published
+    assert repeated(again) == []
+
+
+def test_a_disk_that_fails_ends_it_before_anything_is_published(tmp_path):
+    class Full(Disk):
+        full = False
+
+        def sync_data(self, file):
+            if self.full:
+                raise OSError(28, "No space left on device")
+
+    broker, disk = filled(), Full()
+    process = life(broker, tmp_path / "state", disk=disk)
+    process.begin()
+    disk.full = True
+
+    with pytest.raises(CheckpointNotWritten, match="No space left on device") as caught:
+        process.daemon.run()
+    process.store.close()
+    assert caught.value.exit_code == 74
+    assert broker.published == []
