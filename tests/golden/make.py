@@ -1,0 +1,77 @@
+"""Writes the golden checkpoint of the current schema. See README.md."""
+
+import json
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent))
+
+import streams  # noqa: E402, because the tests' own modules are found by the line above
+
+from streamlstm.config.docs import to_yaml  # noqa: E402, because of the line above
+from streamlstm.config.keys import config_hash, identity_values, learning_values  # noqa: E402, because of it too
+from streamlstm.records.batch import Range  # noqa: E402, because of it too
+from streamlstm.recovery.checkpoint import open_store  # noqa: E402, because of it too
+from streamlstm.recovery.generations import LAYOUT, Provenance, Settings  # noqa: E402, because of it too
+from streamlstm.recovery.progress import Link  # noqa: E402, because of it too
+from streamlstm.transport.interfaces import Position  # noqa: E402, because of it too
+
+BEFORE, AFTER, SERIES = 300, 60, 6
+
+
+def main() -> None:
+    """A few series with all that can happen to one, and windows in the queue."""
+    config = streams.small_config()
+    batch = streams.random_batch(17, BEFORE + AFTER, SERIES, "mixed")
+    engine, _ = streams.run(config, batch, [0, 100, BEFORE])
+    state, step = engine.state(), engine.step_number
+    out = HERE / f"schema-{LAYOUT.schema}"
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir()
+    settings = Settings(config.name, config_hash(config), identity_values(config), learning_values(config))
+    made = Provenance(
+        lineage="golden",
+        incarnation="first",
+        positions=(Position("in", 0, BEFORE),),
+        topic_ids={"in": "topic id"},
+        progress=Link(7, "digest of a record"),
+        settings=settings,
+        fingerprint={"cpu": "any"},
+        created_ms=1_700_000_000_000,
+        revision=1,
+        excluded=(Range("in", 0, 3, 5),),
+    )
+    with tempfile.TemporaryDirectory() as scratch:
+        store = open_store(Path(scratch) / "state").open()
+        store.write(state, made)
+        store.close()
+        shutil.copytree(Path(scratch) / "state" / f"{step:020d}", out / f"{step:020d}")
+    after = streams.part(batch, BEFORE, BEFORE + AFTER)
+    report = engine.step(after)
+    (out / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+    told = {
+        "step": step,
+        "digests": state.digests(),
+        "then": {
+            "code": [int(ident.key[1:]) for ident in (after.series[i] for i in after.code)],
+            "offset": after.offset.tolist(),
+            "time_ns": after.time_ns.tolist(),
+            "broker_ns": after.broker_ns.tolist(),
+            "target": _plain(after.target),
+        },
+        "yhat": [_plain(row) for row in report.forecasts.yhat_MK],
+    }
+    (out / "expected.json").write_text(json.dumps(told) + "\n", encoding="utf-8")
+
+
+def _plain(values: np.ndarray) -> list[float | None]:
+    return [None if np.isnan(value) else float(value) for value in values]
+
+
+if __name__ == "__main__":
+    main()
