@@ -182,6 +182,27 @@ def revert(loaded: "Loaded", ident: str, *, excluded: tuple[str, ...], dry_run: 
 
 @checkpoint.command(
     epilog=examples(
+        "streamlstm checkpoint prune -c forecasts.yaml --dry-run",
+        "streamlstm checkpoint prune -c forecasts.yaml --set checkpoint.keep.last=2",
+    )
+)
+@with_loaded
+@_dry_run
+@_json
+def prune(loaded: "Loaded", *, dry_run: bool, as_json: bool) -> None:
+    """
+    Remove now what checkpoint.keep does not keep.
+
+    The service does so after each checkpoint; this is for a disk that is full meanwhile. The newest one that is whole
+    always stays. Exit 75 while the service runs.
+    """
+    from streamlstm.cli import stored  # noqa: PLC0415, because of what this module says first
+
+    stored.prune(loaded, dry_run=dry_run, as_json=as_json)
+
+
+@checkpoint.command(
+    epilog=examples(
         "streamlstm checkpoint export latest -c forecasts.yaml --out /backup/forecasts.tar",
         "streamlstm checkpoint export 1200 -c forecasts.yaml --out forecasts-1200.tar",
     )

@@ -17,15 +17,16 @@ from streamlstm.cli.options import suggest
 from streamlstm.config.keys import config_hash, identity_values, learning_values
 from streamlstm.config.load import Loaded
 from streamlstm.config.model import Config
-from streamlstm.errors import CheckpointError
+from streamlstm.errors import CheckpointError, CheckpointNotWritten
 from streamlstm.recovery.archive import export as write_archive
 from streamlstm.recovery.archive import open_outside
-from streamlstm.recovery.checkpoint import CheckpointStore, open_store
+from streamlstm.recovery.checkpoint import CheckpointStore, Keep, open_store
 from streamlstm.recovery.difference import Difference, TensorDifference, compare
 from streamlstm.recovery.fingerprint import take_fingerprint
 from streamlstm.recovery.generations import Loaded as State
 from streamlstm.recovery.generations import Settings, load_generation
 from streamlstm.recovery.inspection import Listed, describe, list_generations, step_of
+from streamlstm.recovery.place import name_of
 from streamlstm.recovery.restore import Moved, Rules
 from streamlstm.recovery.restore import restore as go_back
 
@@ -158,6 +159,31 @@ def restore(loaded: Loaded, what: str, *, dry_run: bool, as_json: bool) -> None:
     )
     again = f"streamlstm checkpoint restore {what} -c {loaded.file}"
     suggest(again if dry_run else f"streamlstm run -c {loaded.file}")
+
+
+def prune(loaded: Loaded, *, dry_run: bool, as_json: bool) -> None:
+    """``checkpoint prune``: raises :class:`~streamlstm.errors.CheckpointNotWritten` when something could not go."""
+    store = open_for_reading(loaded.config)
+    keep = Keep(loaded.config.checkpoint.keep.last, loaded.config.checkpoint.keep.daily)
+    with ExitStack() as stack:
+        stack.callback(store.close)
+        if not dry_run and store.steps():
+            store.open()
+        going = store.surplus(keep)
+        leftover = "" if dry_run else store.prune(keep)
+        stays = store.steps()
+    if dry_run:
+        stays = [step for step in stays if name_of(step) not in going]
+    gone = [name for name in going if dry_run or name not in {*map(name_of, stays), *store.bad()}]
+    if as_json:
+        _say_json({"removed": gone, "kept": stays, "dry_run": dry_run})
+    else:
+        for name in gone:
+            click.echo(f"{'would be ' if dry_run else ''}removed: {name}")
+        click.echo(f"kept: {', '.join(map(str, stays)) or 'nothing was there'}")
+    if leftover:
+        raise CheckpointNotWritten(leftover)
+    suggest(f"streamlstm checkpoint {'prune' if dry_run else 'list'} -c {loaded.file}")
 
 
 def export(loaded: Loaded, ident: str, out: Path) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 from streamlstm.engine.state import EngineState
 from streamlstm.records.batch import SeriesId
 from streamlstm.recovery.fingerprint import compare_fingerprints
-from streamlstm.recovery.generations import Loaded
+from streamlstm.recovery.generations import Loaded, Provenance
 from streamlstm.recovery.inspection import ChangedKey, changed_keys, counters_of
 from streamlstm.recovery.progress import Value
 
@@ -84,10 +84,7 @@ def compare(a: Loaded, b: Loaded) -> Difference:
     return Difference(
         equal=same_meta and not (weights or training or series.added or series.gone or series.changed or series.only),
         provenance=tuple(
-            _pairs(
-                {"step": a.generation.step, "lineage": then.lineage, "incarnation": then.incarnation},
-                {"step": b.generation.step, "lineage": now.lineage, "incarnation": now.incarnation},
-            )
+            _pairs({"step": a.generation.step, **_makers(then)}, {"step": b.generation.step, **_makers(now)})
         ),
         positions=tuple(
             _pairs(
@@ -102,6 +99,10 @@ def compare(a: Loaded, b: Loaded) -> Difference:
         training=training,
         series=series,
     )
+
+
+def _makers(made: Provenance) -> dict[str, Value]:
+    return {"lineage": made.lineage, "revision": made.revision, "incarnation": made.incarnation}
 
 
 def _pairs(a: Mapping[str, Value], b: Mapping[str, Value]) -> Iterator[Pair]:

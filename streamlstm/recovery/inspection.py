@@ -96,9 +96,11 @@ def describe(header: Header, now: Settings, here: Fingerprint) -> dict[str, Any]
         "created_ms": made.created_ms,
         "name": made.settings.name,
         "lineage": made.lineage,
+        "revision": made.revision,
         "incarnation": made.incarnation,
         "progress": made.progress._asdict() if made.progress else None,
         "positions": [p._asdict() for p in made.positions],
+        "excluded": [r._asdict() for r in made.excluded],
         "topic_ids": dict(made.topic_ids),
         "config": {
             "hash": made.settings.hash,

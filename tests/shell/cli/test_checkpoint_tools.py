@@ -312,6 +312,25 @@ def test_while_the_service_runs_it_is_told_who_holds_the_lock(capsys, config, tm
     assert steps(tmp_path) == [0, 3, 7]
 
 
+# prune
+
+
+def test_prune_removes_what_is_not_kept_and_says_what(capsys, config, tmp_path):
+    assert told(capsys, "prune", "-c", config)["removed"] == []
+    few = ("--set", "checkpoint.keep.last=2", "--set", "checkpoint.keep.daily=0")
+    foreseen = told(capsys, "prune", "-c", config, *few, "--dry-run")
+    assert steps(tmp_path) == [0, 3, 7]
+    done = told(capsys, "prune", "-c", config, *few)
+    assert done["removed"] == foreseen["removed"] == [f"{0:020d}"]
+    assert done["kept"] == foreseen["kept"] == steps(tmp_path) == [3, 7]
+
+
+def test_prune_takes_the_lock(capsys, config, tmp_path):
+    running = open_store(str(tmp_path / "state")).open()
+    assert "is in use by another process" in refused(capsys, 75, "prune", "-c", config)
+    running.close()
+
+
 def test_a_mistyped_one_makes_no_directory(capsys, config, tmp_path):
     none = tmp_path / "none"
     refused(capsys, 65, "restore", "3", "-c", config, "--set", f"checkpoint.url={none}")
