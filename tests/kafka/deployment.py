@@ -89,10 +89,10 @@ class Deployment:
         """What a reader of a topic sees, up to the end."""
         return [value for values in self.committed_by_partition(topic) for value in values]
 
-    def committed_by_partition(self, topic: str) -> list[list[bytes]]:
+    def committed_by_partition(self, topic: str, isolation: str = "read_committed") -> list[list[bytes]]:
         consumer = KafkaConsumer(
             bootstrap_servers=self.cluster.bootstrap,
-            isolation_level="read_committed",
+            isolation_level=isolation,
             auto_offset_reset="none",
             enable_auto_commit=False,
         )
