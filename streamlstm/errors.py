@@ -20,6 +20,7 @@ Every way the program can end, as a tree of exceptions with their exit codes.
 Bad input is a value (:class:`streamlstm.records.batch.Rejected`); these are for broken promises.
 """
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 
@@ -36,7 +37,15 @@ class DataError(StreamlstmError):
 
 
 class LogGap(DataError):
-    """A needed offset is no longer retained."""
+    """
+    A needed offset is no longer retained.
+
+    ``gaps`` are the ranges (topic, partition, start, end) that may be passed over; empty where nothing may.
+    """
+
+    def __init__(self, message: str, gaps: Sequence[tuple[str, int, int, int]] = ()) -> None:
+        super().__init__(message)
+        self.gaps = tuple(gaps)
 
 
 class TopicChanged(DataError):

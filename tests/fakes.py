@@ -16,6 +16,7 @@ from typing import BinaryIO, Literal
 import numpy as np
 import torch
 
+from streamlstm.config.keys import hash_values
 from streamlstm.engine.report import Forecasts, Outcome, StepReport
 from streamlstm.engine.state import EngineState
 from streamlstm.errors import LogGap
@@ -26,7 +27,8 @@ from streamlstm.recovery.disk import Disk
 from streamlstm.recovery.generations import Settings
 from streamlstm.recovery.journal import DIRECTORY
 from streamlstm.recovery.journal import Journal as StepJournal
-from streamlstm.recovery.resume import EngineMaker, Ready, Terms, World, resume
+from streamlstm.recovery.making import EngineMaker
+from streamlstm.recovery.resume import Ready, Terms, World, resume
 from streamlstm.service.daemon import Daemon, Encode, Pace, Startup
 from streamlstm.service.observer import Observers
 from streamlstm.service.repeat import Repeater
@@ -90,6 +92,10 @@ class Broker:
     next_progress: int = 0
     epoch: int = 0
 
+    def first(self, topic: str, partition: int) -> int:
+        """The oldest offset that retention has left."""
+        return self.beginning.get((topic, partition), 0)
+
     def ends(self) -> dict[tuple[str, int], int]:
         return {(t, p): len(log) for t, logs in self.inputs.items() for p, log in enumerate(logs)}
 
@@ -117,6 +123,11 @@ class MemorySource:
     def poll(self, max_records: int, timeout_s: float) -> Messages | None:
         self.fate.point()
         self.clock.advance(0.01)
+        gone = [
+            (*place, at, first) for place, at in sorted(self.at.items()) if at < (first := self.broker.first(*place))
+        ]
+        if gone:
+            raise LogGap("retention deleted what is needed", gone)
         left = min(max_records, self.sizes[self.polls % len(self.sizes)])
         self.polls += 1
         ranges: list[Range] = []
@@ -138,8 +149,8 @@ class MemorySource:
         self.fate.point()
         assert self.at, "a client without any position cannot read"
         for r in cut:
-            if r.start < self.broker.beginning.get((r.topic, r.partition), 0):
-                raise LogGap(f"{r.topic}-{r.partition}: {r.start} is gone")
+            if r.start < (first := self.broker.first(r.topic, r.partition)):
+                raise LogGap(f"{r.topic}-{r.partition}: {r.start} is gone", [(r.topic, r.partition, r.start, first)])
         return self._messages(cut)
 
     def _messages(self, cut: Cut) -> Messages:
@@ -168,7 +179,7 @@ class MemorySource:
         self.fate.point()
         if start == "latest":
             return [Position(t, p, end) for (t, p), end in sorted(self.broker.ends().items())]
-        return [Position(t, p, self.broker.beginning.get((t, p), 0)) for (t, p) in sorted(self.broker.ends())]
+        return [Position(t, p, self.broker.first(t, p)) for (t, p) in sorted(self.broker.ends())]
 
     def lag(self) -> dict[tuple[str, int], int]:
         ends = self.broker.ends()
@@ -476,6 +487,7 @@ class Watching(Observers):
         self.commits: list[object] = []
         self.failed_commits: list[str] = []
         self.resumed: list[object] = []
+        self.gaps: list[Range] = []
         self.turns = 0
 
     def observe_phase(self, phase: str) -> None:
@@ -496,6 +508,9 @@ class Watching(Observers):
     def observe_resume(self, resumed: object) -> None:
         self.resumed.append(resumed)
 
+    def observe_gap(self, ranges: Sequence[Range]) -> None:
+        self.gaps += ranges
+
 
 PACE = Pace(
     max_records=100,
@@ -509,7 +524,12 @@ PACE = Pace(
     fail_on_rejected=False,
 )
 
-SETTINGS = Settings("n", "hash", {"name": "n", "source.start": "earliest"}, {"gain": 0.5})
+
+def make_settings(identity: dict[str, object], learning: dict[str, object]) -> Settings:
+    return Settings("n", hash_values({**identity, **learning}), identity, learning)
+
+
+SETTINGS = make_settings({"name": "n", "source.start": "earliest"}, {"gain": 0.5})
 
 
 class Process:
@@ -534,6 +554,9 @@ class Process:
         disk: Disk | None = None,
         start: str = "earliest",
         delivery: Literal["exactly_once", "idempotent"] = "exactly_once",
+        on_gap: Literal["fail", "skip"] = "fail",
+        fresh: bool = False,
+        rebuild: bool = False,
     ) -> None:
         self.fate = fate or Fate()
         self.clock, self.stop, self.journal, self.watching = Clock(), Stop(), Journal(), Watching()
@@ -547,20 +570,22 @@ class Process:
             self.publisher = MemoryIdempotentPublisher(broker, self.fate, progress)
             repeat = Repeater(self.publisher, lambda *_: TinyEncoder())
         self.store = open_store(directory, disk) if isinstance(directory, Path) else directory
-        gain = settings.learning["gain"]
         self.world = World(
             store=self.store,
             source=self.source,
             publisher=self.publisher,
             progress=progress,
             decode=decode,
-            maker=EngineMaker(lambda: TinyEngine(gain), lambda state: TinyEngine.restore(state, gain)),
+            maker=EngineMaker(
+                lambda learning: TinyEngine(learning["gain"]),
+                lambda state, _, learning: TinyEngine.restore(state, learning["gain"]),
+            ),
             monotonic_s=self.clock,
             wall_s=self.clock,
             new_id=lambda: uuid.uuid4().hex,
             repeat=repeat,
         )
-        self.terms = Terms(settings, start, fingerprint(cpu), on_mismatch, read_timeout_s=1.0)
+        self.terms = Terms(settings, start, fingerprint(cpu), on_mismatch, 1.0, on_gap, fresh, rebuild)
         self.pace, self.keep = pace, keep
         self.encoder: Encode = TinyEncoder()
         self.ready: Ready | None = None

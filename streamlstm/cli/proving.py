@@ -10,18 +10,16 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from streamlstm.cli.device import prepare_device
+from streamlstm.cli.engines import engine_maker
 from streamlstm.cli.options import suggest
 from streamlstm.cli.stored import settings_of
 from streamlstm.config.load import Loaded
-from streamlstm.config.model import Config
-from streamlstm.engine.core import Engine
 from streamlstm.errors import DataError
 from streamlstm.records.decode import compile_decoder
 from streamlstm.recovery.checkpoint import open_store
 from streamlstm.recovery.fingerprint import take_fingerprint
 from streamlstm.recovery.progress import read_chain
 from streamlstm.recovery.proof import Bench, Mismatch, Verdict, expected_differences, find_start, prove
-from streamlstm.recovery.resume import EngineMaker
 from streamlstm.service.logging import configure_logging
 from streamlstm.transport.deadline import Deadline
 from streamlstm.transport.kafka.preflight import preflight
@@ -52,7 +50,7 @@ def prove_chain(loaded: Loaded, first: int, last: int | None, *, as_json: bool) 
             store,
             source,
             compile_decoder(config.decode).decode,
-            _maker(config, device),
+            engine_maker(config, device),
             settings_of(config),
             config.runtime.deadline,
         )
@@ -67,13 +65,6 @@ def prove_chain(loaded: Loaded, first: int, last: int | None, *, as_json: bool) 
     if verdict.first is not None:
         raise DataError(_told(verdict, verdict.first))
     suggest(f"streamlstm checkpoint list -c {loaded.file}")
-
-
-def _maker(config: Config, device: str) -> EngineMaker:
-    return EngineMaker(
-        create=lambda: Engine.create(config, device),
-        restore=lambda state: Engine.restore(config, device, state),
-    )
 
 
 def _told(verdict: Verdict, first: Mismatch) -> str:

@@ -20,11 +20,11 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from streamlstm import __version__
 from streamlstm.cli.asked import Asked
 from streamlstm.cli.device import prepare_device
+from streamlstm.cli.engines import engine_maker
 from streamlstm.cli.replay_inputs import Feed, is_of_files, load_named, open_feed
 from streamlstm.cli.result import Result, as_json_text, as_lines
 from streamlstm.config.keys import config_hash, identity_values, learning_values
 from streamlstm.config.model import Config
-from streamlstm.engine.core import Engine
 from streamlstm.engine.report import StepReport
 from streamlstm.errors import ConfigError, DataError
 from streamlstm.records.batch import Messages
@@ -34,7 +34,7 @@ from streamlstm.recovery.checkpoint import CheckpointStore, Keep, open_store
 from streamlstm.recovery.disk import Disk
 from streamlstm.recovery.fingerprint import compare_fingerprints, take_fingerprint
 from streamlstm.recovery.generations import Loaded, Settings
-from streamlstm.recovery.resume import EngineMaker, Steppable
+from streamlstm.recovery.making import EngineMaker, Steppable
 from streamlstm.service.daemon import CheckpointSchedule
 from streamlstm.service.encode import ForecastEncoder
 from streamlstm.service.keeping import Begun, Clocks, Keeper, Live, Terms, take_up
@@ -65,11 +65,7 @@ class Machine:
 def this_machine(config: Config) -> Machine:
     """The real one."""
     device = prepare_device(config)
-    maker = EngineMaker(
-        create=lambda: Engine.create(config, device),
-        restore=lambda state: Engine.restore(config, device, state),
-    )
-    return Machine(maker, take_fingerprint(device, config.runtime.threads), Disk(), in_a_thread)
+    return Machine(engine_maker(config, device), take_fingerprint(device, config.runtime.threads), Disk(), in_a_thread)
 
 
 def replay_history(config: Config, asked: Asked, *, as_json: bool, machine: Machine | None = None) -> Iterator[str]:
@@ -87,7 +83,7 @@ def replay_history(config: Config, asked: Asked, *, as_json: bool, machine: Mach
         begun = _take_up(config, asked, store, machine) if store and asked.resume else None
         base = None if begun or asked.from_checkpoint is None else load_named(config, asked.from_checkpoint)
         feed = stack.enter_context(open_feed(config, asked, begun, base and base.generation))
-        engine = _make_engine(machine.maker, begun, base)
+        engine = _make_engine(machine.maker, config, begun, base)
         del base  # the engine has its own copy
         tally = Tally(config.model.horizons, asked.score_from, asked.standardise or 0, begun and begun.tally)
         outputs = _open_outputs(stack, config, asked, tally, begun, machine.disk)
@@ -210,13 +206,15 @@ def _keeper(
     )
 
 
-def _make_engine(maker: EngineMaker, begun: Begun | None, base: Loaded | None) -> Steppable:
+def _make_engine(maker: EngineMaker, config: Config, begun: Begun | None, base: Loaded | None) -> Steppable:
     """Going on, from a checkpoint, or from nothing."""
+    now = learning_values(config)
+    then = now if begun or base is None else base.generation.provenance.settings.learning
     state = begun.state if begun else base.state if base else None
     if state is None:
-        return maker.create()
+        return maker.create(now)
     try:
-        return maker.restore(state)
+        return maker.restore(state, then, now)
     except ValueError as error:
         raise ConfigError(f"the state of step {state.step} does not fit the configuration: {error}") from error
 

@@ -4,15 +4,16 @@ import secrets
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import dataclass
 
 import structlog
 
 from streamlstm import __version__
 from streamlstm.cli.delivery import open_delivery
 from streamlstm.cli.device import prepare_device
+from streamlstm.cli.engines import engine_maker
 from streamlstm.config.keys import config_hash, identity_values, learning_values
 from streamlstm.config.model import Config
-from streamlstm.engine.core import Engine
 from streamlstm.errors import ConfigError
 from streamlstm.records.batch import Messages, RecordBatch
 from streamlstm.records.decode import Decoder, compile_decoder
@@ -20,7 +21,7 @@ from streamlstm.recovery.background import BackgroundWriter
 from streamlstm.recovery.checkpoint import CheckpointStore, Keep, open_store
 from streamlstm.recovery.fingerprint import take_fingerprint
 from streamlstm.recovery.generations import Settings
-from streamlstm.recovery.resume import EngineMaker, Terms, World, resume
+from streamlstm.recovery.resume import Terms, World, resume
 from streamlstm.service.daemon import Daemon, Log, Pace, Startup, StoppedEarly
 from streamlstm.service.encode import ForecastEncoder
 from streamlstm.service.http import HttpServer
@@ -35,7 +36,15 @@ from streamlstm.transport.kafka.source import KafkaSource
 from streamlstm.transport.kafka.topics import check_topics
 
 
-def serve(config: Config) -> None:
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """How to start where an ordinary start would be refused; see :class:`~streamlstm.recovery.resume.Terms`."""
+
+    fresh: bool = False
+    rebuild: bool = False
+
+
+def serve(config: Config, asked: Asked) -> None:
     """Run the service until it is told to stop. Raises the errors of :mod:`streamlstm.errors`."""
     if config.source.type != "kafka":
         raise ConfigError("source.type: run reads from kafka; files are for `streamlstm replay`")
@@ -54,7 +63,7 @@ def serve(config: Config) -> None:
         store = open_store(config.checkpoint.url).open()
         stack.callback(store.close)
         observer = _watch(stack, config, device, log)
-        world, terms = _world(stack, store, config, device, _warned(decoder, log)), _terms(config, device)
+        world, terms = _world(stack, store, config, device, _warned(decoder, log)), _terms(config, device, asked)
 
         def begin() -> Daemon:
             startup = Startup(observer, log, stop, time.monotonic)
@@ -80,7 +89,11 @@ def _watch(stack: ExitStack, config: Config, device: str, log: Log) -> Observers
 
 
 def _world(
-    stack: ExitStack, store: CheckpointStore, config: Config, device: str, decode: Callable[[Messages], RecordBatch]
+    stack: ExitStack,
+    store: CheckpointStore,
+    config: Config,
+    device: str,
+    decode: Callable[[Messages], RecordBatch],
 ) -> World:
     deadline = Deadline(config.runtime.deadline)
     stack.callback(deadline.close)
@@ -94,10 +107,7 @@ def _world(
         publisher=delivery.publisher,
         progress=delivery.progress,
         decode=decode,
-        maker=EngineMaker(
-            create=lambda: Engine.create(config, device),
-            restore=lambda state: Engine.restore(config, device, state),
-        ),
+        maker=engine_maker(config, device),
         monotonic_s=time.monotonic,
         wall_s=time.time,
         new_id=lambda: secrets.token_hex(8),
@@ -105,13 +115,15 @@ def _world(
     )
 
 
-def _terms(config: Config, device: str) -> Terms:
+def _terms(config: Config, device: str, asked: Asked) -> Terms:
     return Terms(
         settings=Settings(config.name, config_hash(config), identity_values(config), learning_values(config)),
         start=config.source.start,
         fingerprint=take_fingerprint(device, config.runtime.threads),
         on_mismatch=config.checkpoint.on_mismatch,
         read_timeout_s=config.runtime.deadline,
+        fresh=asked.fresh,
+        rebuild=asked.rebuild,
     )
 
 

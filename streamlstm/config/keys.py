@@ -217,9 +217,29 @@ def learning_values(config: Config) -> dict[str, Any]:
     return {path: value for path, value in _resolved(config).items() if KEYS[path].klass == "learning"}
 
 
+def with_learning(config: Config, learning: Mapping[str, Any]) -> Config:
+    """
+    The configuration with other values of its learning keys; what is not given, or is no key any more, stays out of it.
+
+    Raises ``ValueError`` where the values cannot stand beside the rest.
+    """
+    known = learning_values(config)
+    wanted = {path: learning[path] for path in known if path in learning}
+    if wanted == known:
+        return config
+    plain = config.model_dump(mode="json")
+    for path, value in wanted.items():
+        *sections, last = path.split(".")
+        section: dict[str, Any] = plain
+        for name in sections:
+            section = section[name]
+        section[last] = value
+    return Config.model_validate(plain)
+
+
 def config_hash(config: Config) -> str:
     """SHA-256 (hex) of all that forecasts depend on: identity and learning keys."""
-    return _sha256(identity_values(config) | learning_values(config))
+    return hash_values(identity_values(config) | learning_values(config))
 
 
 def changed(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
@@ -234,6 +254,7 @@ def changed(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     )
 
 
-def _sha256(plain: Mapping[str, Any]) -> str:
+def hash_values(plain: Mapping[str, Any]) -> str:
+    """SHA-256 (hex) of keys and their values."""
     canonical = json.dumps(plain, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(canonical.encode()).hexdigest()

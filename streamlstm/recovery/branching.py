@@ -1,5 +1,5 @@
 """
-Going back: the chain goes on from an older generation, if wanted without a poisoned range.
+The chain goes on from another generation: an older one, if wanted without a poisoned range, or a new generation 0.
 
 Only the branch record decides. Until it is committed nothing is changed; from then on every start finds the generations
 beyond it left behind, and puts them aside as it does any other that the chain does not know.
@@ -13,9 +13,9 @@ from streamlstm.records.batch import Range
 from streamlstm.recovery.checkpoint import CheckpointStore
 from streamlstm.recovery.exclusions import merge_ranges
 from streamlstm.recovery.generations import Generation
-from streamlstm.recovery.progress import Branch, Chain, Link, digest_record, encode_record, read_chain
-from streamlstm.recovery.resume import judge_fenced, why_not_on
-from streamlstm.transport.interfaces import Fenced, Outputs, Position, ProgressLog, Publisher
+from streamlstm.recovery.progress import Branch, Chain, Record, encode_record, read_chain
+from streamlstm.recovery.standing import judge_fenced, why_not_on
+from streamlstm.transport.interfaces import Fenced, Outputs, Position, ProgressEntry, ProgressLog, Publisher
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,20 +56,21 @@ def revert(
         raise CheckpointError(f"the chain cannot go back to the checkpoint of step {step}: {reason}")
     check_excluded(exclude, generation.provenance.positions, step)
     known = generation.provenance.excluded if chain.excluded is None else chain.excluded
-    branch = describe_branch(chain, generation, name, merge_ranges([*known, *exclude]), new_id())
-    commit_branch(publisher, progress, chain, branch)  # 6
+    revision = max(chain.revision, generation.provenance.revision) + 1
+    branch = describe_branch(chain, generation, name, new_id(), revision, merge_ranges([*known, *exclude]))
+    commit_record(publisher, progress, chain, branch, "")  # 6
     return Reverted(branch, chain.last_step)
 
 
 def describe_branch(
-    chain: Chain, generation: Generation, name: str, excluded: tuple[Range, ...], lineage: str
+    chain: Chain, generation: Generation, name: str, lineage: str, revision: int, excluded: tuple[Range, ...]
 ) -> Branch:
     """The record that has the chain go on from this generation."""
     made = generation.provenance
     return Branch(
         prev=chain.tip.digest if chain.tip else "",
         lineage=lineage,
-        revision=max(chain.revision, made.revision) + 1,
+        revision=revision,
         name=name,
         after=generation.step,
         generation=generation.digest,
@@ -79,14 +80,16 @@ def describe_branch(
     )
 
 
-def commit_branch(publisher: Publisher, progress: ProgressLog, chain: Chain, branch: Branch) -> Link:
+def commit_record(
+    publisher: Publisher, progress: ProgressLog, chain: Chain, record: Record, incarnation: str
+) -> ProgressEntry:
     """Commit it, as the chain's newest record. A :class:`Fenced` publisher is judged as everywhere."""
-    value = encode_record(branch)
+    value = encode_record(record)
     try:
         offset = publisher.commit(Outputs([], [], value))
     except Fenced as error:
-        raise judge_fenced(error, progress, chain.tip, "") from error
-    return Link(offset, digest_record(value))
+        raise judge_fenced(error, progress, chain.tip, incarnation) from error
+    return ProgressEntry(offset, value)
 
 
 def check_excluded(ranges: Sequence[Range], positions: Sequence[Position], step: int) -> None:

@@ -14,7 +14,7 @@ from streamlstm.recovery.checkpoint import CheckpointStore
 from streamlstm.recovery.exclusions import merge_ranges
 from streamlstm.recovery.generations import Generation
 from streamlstm.recovery.progress import Chain
-from streamlstm.recovery.resume import why_not_on
+from streamlstm.recovery.standing import why_not_on
 from streamlstm.transport.interfaces import Position
 
 

@@ -353,6 +353,8 @@ def _admit_branch(chain: Chain, entry: ProgressEntry, record: Branch, name: str)
 def _begin_from(chain: Chain, origin: Origin) -> None:
     chain.origin, chain.zeros = origin, {origin.generation}
     chain.positions = {(topic, partition): at for topic, partition, at in origin.positions}
+    for r in (r for gap in chain.gaps for r in gap.ranges):
+        chain.positions[r.topic, r.partition] = max(r.end, chain.positions.get((r.topic, r.partition), 0))
 
 
 def _admit_gap(chain: Chain, entry: ProgressEntry, record: Gap) -> None:

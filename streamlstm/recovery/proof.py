@@ -18,8 +18,11 @@ from streamlstm.recovery.checkpoint import CheckpointStore, Refused
 from streamlstm.recovery.exclusions import drop_excluded
 from streamlstm.recovery.fingerprint import Fingerprint, compare_fingerprints
 from streamlstm.recovery.generations import Generation, Loaded, Settings
+from streamlstm.recovery.making import EngineMaker, Steppable
 from streamlstm.recovery.progress import Chain, RecordedStep
-from streamlstm.recovery.resume import Decode, EngineMaker, Steppable, why_not_on
+from streamlstm.recovery.resume import Decode
+from streamlstm.recovery.segments import Segments
+from streamlstm.recovery.standing import why_not_on
 from streamlstm.transport.interfaces import Source
 
 
@@ -166,12 +169,13 @@ def recompute(bench: Bench, chain: Chain, loaded: Loaded, last: int) -> Iterator
         )
     _check_settings(made.settings.identity, bench.settings.identity)
     excluded = made.excluded if chain.excluded is None else chain.excluded
-    engine = bench.maker.restore(loaded.state)
+    segments = Segments(bench.maker, chain, loaded)
     del loaded  # the engine has its own copy
     bench.source.seek(made.positions)
     for step in steps:
         messages = bench.source.read(step.cut, bench.read_timeout_s)
         used, _ = drop_excluded(messages, excluded)
+        engine = segments.engine_for(step)
         report = engine.step(bench.decode(used))
         if report.step != step.number:
             raise ProgressError(f"computing step {step.number} again, the engine counts {report.step}")

@@ -6,75 +6,42 @@ same again and ends in the same state.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from dataclasses import dataclass, field, replace
+from typing import Literal, NamedTuple, Protocol
 
-from streamlstm.config.keys import changed
-from streamlstm.engine.report import StepReport
-from streamlstm.engine.state import EngineState
+from streamlstm.config.keys import changed, hash_values
 from streamlstm.errors import (
     CheckpointError,
     ConfigError,
     LogGap,
     ProgressError,
     StreamlstmError,
-    Superseded,
+    Temporary,
     TopicChanged,
 )
 from streamlstm.records.batch import Messages, Range, RecordBatch
+from streamlstm.recovery.branching import commit_record, describe_branch
 from streamlstm.recovery.checkpoint import CheckpointStore, Refused
 from streamlstm.recovery.exclusions import drop_excluded
 from streamlstm.recovery.fingerprint import Fingerprint, compare_fingerprints
-from streamlstm.recovery.generations import Generation, Loaded, Provenance, Settings
+from streamlstm.recovery.generations import Generation, Loaded, NewerSchema, Provenance, Settings
+from streamlstm.recovery.making import EngineMaker, Steppable
 from streamlstm.recovery.progress import (
-    Branch,
     Chain,
+    Gap,
     Incarnation,
     Link,
     Origin,
+    Record,
     RecordedStep,
-    decode_record,
-    digest_record,
-    encode_record,
     read_chain,
 )
 from streamlstm.recovery.repetition import Repeat, Repeated, Repetition
-from streamlstm.transport.interfaces import (
-    Fenced,
-    LiveSource,
-    Outputs,
-    Position,
-    ProgressLog,
-    Publisher,
-)
+from streamlstm.recovery.segments import Segments
+from streamlstm.recovery.standing import Unusable, why_not_on
+from streamlstm.transport.interfaces import LiveSource, Position, ProgressLog, Publisher
 
 Decode = Callable[[Messages], RecordBatch]
-
-
-class Steppable(Protocol):
-    """What recovery and the daemon ask of an engine."""
-
-    step_number: int
-
-    def step(self, batch: RecordBatch) -> StepReport:
-        """Take in one cut."""
-        ...
-
-    def state(self) -> EngineState:
-        """A snapshot, immutable."""
-        ...
-
-
-@dataclass(frozen=True, slots=True)
-class EngineMaker:
-    """
-    How an engine comes to be under the configuration: fresh, or from a state.
-
-    ``restore`` raises ``ValueError`` naming what in the state does not fit.
-    """
-
-    create: Callable[[], Steppable]
-    restore: Callable[[EngineState], Steppable]
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,13 +66,21 @@ class World:
 
 @dataclass(frozen=True, slots=True)
 class Terms:
-    """What the configuration says about starting. ``read_timeout_s`` bounds the wait for one recorded cut."""
+    """
+    What the configuration and the operator say about starting. ``read_timeout_s`` bounds the wait for one recorded cut.
+
+    ``fresh``: where a start would be refused for good, begin anew instead. ``rebuild``: where no generation can be
+    used, compute everything again from the log.
+    """
 
     settings: Settings
     start: str
     fingerprint: Fingerprint
     on_mismatch: Literal["rebase", "fail"]
     read_timeout_s: float
+    on_gap: Literal["fail", "skip"] = "fail"
+    fresh: bool = False
+    rebuild: bool = False
 
 
 class Witness(Protocol):
@@ -113,6 +88,18 @@ class Witness(Protocol):
 
     def found_bad(self, refused: Refused, moved_to: str) -> None:
         """A generation cannot be used and was put aside."""
+        ...
+
+    def begins_anew(self, why: str, revision: int, moved_to: Sequence[str]) -> None:
+        """A new generation 0 counts from here on, and the old ones were put aside."""
+        ...
+
+    def rebuilds(self, why: str, steps: int) -> None:
+        """Generation 0 was made again, and all recorded steps are to be computed again."""
+        ...
+
+    def passes_over(self, ranges: Sequence[Range]) -> None:
+        """Offsets that retention deleted are passed over."""
         ...
 
     def rebases(self, differences: Sequence[str], steps: int) -> None:
@@ -166,6 +153,14 @@ class _Laps:
         return now
 
 
+class _Found(NamedTuple):
+    """The newest generation to go on from, and the newer ones that are bad; or why there is none."""
+
+    loaded: Loaded | None
+    refused: Sequence[Refused] = ()
+    refusal: StreamlstmError | None = None
+
+
 def resume(world: World, terms: Terms, witness: Witness) -> Ready:
     """
     Bring the deployment back to where its last committed transaction left it.
@@ -176,11 +171,14 @@ def resume(world: World, terms: Terms, witness: Witness) -> Ready:
     4.  Read the progress chain to its end; nobody else can extend it any more. A generation that the chain does not
         know is put aside, and the next older one taken.
     5.  Check topic ids, partition count and retention.
-    6.  On a first run, or while there is no step and the configuration changed: make generation 0 durable.
+    6.  On a first run, or while there is no step and the configuration changed: make generation 0 durable. Likewise
+        where a refused start is to begin anew, which a branch then records, or to be rebuilt from the log.
     7.  Write the incarnation.
-    8.  Compare fingerprints: the checkpoint's, and those of the incarnations whose steps are to be replayed.
-    9.  Replay: the recorded cuts once more, nothing published, digests compared. Only without transactions, the newest
-        record's outputs are published again, for they may not be out.
+    8.  Compare fingerprints: the checkpoint's, and those of the incarnations whose steps are to be replayed. Record
+        what retention has deleted, if it is to be passed over.
+    9.  Replay: the recorded cuts once more, each under the learning values it was recorded with, nothing published,
+        digests compared. Only without transactions, the newest record's outputs are published again, for they may not
+        be out.
     10. Go live: the source stands where the last recorded cut ended.
 
     Raises the errors of :mod:`streamlstm.errors`, each with one line for the operator.
@@ -188,36 +186,38 @@ def resume(world: World, terms: Terms, witness: Witness) -> Ready:
     laps = _Laps(world.monotonic_s)
     began = world.monotonic_s()
     world.store.open()  # 1
-    loaded, refused = world.store.newest()  # 2
-    if loaded is not None and loaded.generation.step > 0:
-        _check_identity(loaded.generation, terms.settings)
+    found = _find(world.store, terms, {})  # 2
+    if found.loaded is not None and found.loaded.generation.step > 0 and not terms.fresh:
+        _check_identity(found.loaded.generation, terms.settings)
     began = laps.lap("load", began)
 
     world.publisher.begin_session()  # 3
-    loaded, refused, chain = _read_progress(world, terms, loaded, refused)  # 4
-    for bad in refused:
-        witness.found_bad(bad, world.store.put_aside(bad.step))
+    found, chain = _read_progress(world, terms, found)  # 4
+    if found.loaded is not None:
+        for bad in found.refused:
+            witness.found_bad(bad, world.store.put_aside(bad.step))
     began = laps.lap("progress", began)
 
-    fresh = loaded is None
-    if loaded is not None and chain.last_step > 0:
-        _check_identity(loaded.generation, terms.settings)
-    if loaded is not None and (chain.last_step > 0 or not _starts_elsewhere(loaded.generation, terms.settings)):
-        _check_input(world.source, loaded.generation)  # 5
-    if chain.last_step == 0:
-        loaded = _prepare_first_step(world, terms, loaded, chain)  # 6
-    assert loaded is not None  # progress without a checkpoint was refused
-    generation = loaded.generation
+    found = _check(world, terms, found, chain)  # 5
+    begins = found.loaded is None and not terms.rebuild
+    loaded, rebuilt = _prepare(world, terms, found, chain, witness)  # 6
+    generation, segments = loaded.generation, Segments(world.maker, chain, loaded)
+    refused, refusal = tuple(found.refused), found.refusal
+    del loaded, found  # the engine will have its own copy
     excluded = generation.provenance.excluded if chain.excluded is None else chain.excluded
     pending = _steps_to_replay(chain, generation, terms.settings)
-    engine = _restore(world.maker, loaded, terms.settings)
-    del loaded  # the engine has its own copy
+    lost = _lost(world.source, chain, generation)
+    if lost and (rebuilt or terms.on_gap == "fail"):
+        raise _gone(lost)
     makers = _fingerprints(chain, generation, pending)
     differences = _differences(makers, terms.fingerprint) if pending else []
 
     rebases = bool(differences) and terms.on_mismatch == "rebase"
     ident = world.new_id()
-    tip = _write_incarnation(world, terms, generation, chain, ident, rebased=rebases)  # 7
+    _write_incarnation(world, terms, generation, chain, ident, rebased=rebases, rebuilt=rebuilt)  # 7
+    if rebuilt:
+        _put_aside_all_but_zero(world.store)
+        witness.rebuilds(str(refusal), len(pending))
     if differences:  # 8
         if terms.on_mismatch == "fail":
             raise ConfigError(
@@ -225,29 +225,29 @@ def resume(world: World, terms: Terms, witness: Witness) -> Ready:
                 f"libraries: {'; '.join(differences)}; run it there, or set rebase to go on with other bits"
             )
         witness.rebases(differences, len(pending))
+    if lost:
+        _pass_over(world, terms, generation, chain, ident, lost)
+        witness.passes_over(lost)
     began = laps.lap("load", began)
 
-    records = 0
-    world.source.seek(generation.provenance.positions)
-    newest = Repetition(world.repeat, chain, generation)
-    for step in pending:  # 9
-        records += _replay(world, engine, step, excluded, terms.read_timeout_s, newest, compare=not differences)
-        witness.replayed(step.number, chain.last_step)
-    newest.publish(witness.repeated, rebased=bool(differences))
+    engine, records = _replay(
+        world, terms, witness, segments, chain, generation, excluded, compare=not differences
+    )  # 9
     positions = chain.positions_after(generation.provenance.positions, generation.step)
     world.source.seek(positions)  # 10
     laps.lap("replay", began)
+    assert chain.tip is not None
     return Ready(
         engine=engine,
         generation=generation,
         lineage=chain.lineage or generation.provenance.lineage,
-        revision=max(chain.revision, generation.provenance.revision),
+        revision=chain.revision,
         excluded=excluded,
         incarnation=ident,
-        tip=tip,
+        tip=chain.tip,
         positions=positions,
-        source="fresh" if fresh else "fallback" if refused else "checkpoint",
-        refused=tuple(refused),
+        source="fresh" if begins else "fallback" if refused or rebuilt else "checkpoint",
+        refused=refused,
         replayed_steps=len(pending),
         replayed_records=records,
         rebased=bool(differences),
@@ -255,110 +255,92 @@ def resume(world: World, terms: Terms, witness: Witness) -> Ready:
     )
 
 
-def judge_fenced(error: Fenced, progress: ProgressLog, tip: Link | None, incarnation: str) -> StreamlstmError:
-    """
-    What a refused producer means. If somebody else wrote since: :class:`~streamlstm.errors.Superseded`, not to be
-    restarted, or two hosts would fence each other for ever. Otherwise our own transaction took too long, and a restart
-    mends it. ``tip`` is the newest record that was ours or that we had read.
-
-    Steps count as well as an incarnation, which may have been trimmed while we slept.
-    """
+def _find(store: CheckpointStore, terms: Terms, beyond: Mapping[int, str]) -> _Found:
+    """The newest generation that is whole and not ``beyond``. None being good is refused, if it cannot be mended."""
     try:
-        entries = progress.read(tip.offset + 1 if tip else 0)
-        records = [decode_record(entry) for entry in entries]
-    except StreamlstmError:
-        return error
-    for record in records:
-        if isinstance(record, Branch):
-            return Superseded(
-                f"meanwhile the deployment was made to go on from step {record.after} (revision {record.revision}); "
-                "this process ends and must not be restarted by itself"
-            )
-        writer = record.id if isinstance(record, Incarnation) else record.incarnation
-        if writer != incarnation:
-            return Superseded(
-                f"another process took this deployment over (incarnation {writer}); this one ends and must not be "
-                "restarted"
-            )
-    return error
+        return _Found(*store.newest(beyond))
+    except CheckpointError as error:
+        if isinstance(error.__cause__, NewerSchema) or not (terms.fresh or terms.rebuild):
+            raise
+        return _Found(None, (), error)
 
 
-def _read_progress(
-    world: World, terms: Terms, loaded: Loaded | None, refused: Sequence[Refused]
-) -> tuple[Loaded | None, list[Refused], Chain]:
+def _read_progress(world: World, terms: Terms, found: _Found) -> tuple[_Found, Chain]:
     """The chain, and the newest generation that stands on it."""
     name = terms.settings.name
-    if loaded is None:
+    if found.loaded is None:
         chain = read_chain(world.progress.read(), name)
-        if chain.tip is not None:
-            aside = f" ({', '.join(world.store.bad())} were put aside as bad)" if world.store.bad() else ""
-            raise ProgressError(
-                f"the progress topic holds {chain.last_step} steps of {name!r}, but {world.store.name} has no "
-                f"checkpoint{aside}: bring the state directory back, or start anew under another name with other topics"
-            )
-        return None, list(refused), chain
+        if chain.tip is None or found.refusal is not None:
+            return found, chain
+        aside = f" ({', '.join(world.store.bad())} were put aside as bad)" if world.store.bad() else ""
+        error = CheckpointError(
+            f"the progress topic holds {chain.last_step} steps of {name!r}, but {world.store.name} has no "
+            f"checkpoint{aside}: bring it back, have everything computed again by `run --rebuild-from-log`, or start "
+            "anew with `run --fresh`"
+        )
+        if not (terms.fresh or terms.rebuild):
+            raise ProgressError(str(error))
+        return _Found(None, (), error), chain
 
-    link = loaded.generation.provenance.progress
+    _check_name(found.loaded.generation, world.store.name, name)
+    link = found.loaded.generation.provenance.progress
     chain = read_chain(world.progress.read(link.offset if link else 0), name)
     if link is not None and (chain.first != link or chain.ends_at(link) is None):
         # What the newest generation stands on is gone, or left behind by a branch: an older one may need more of it.
         chain = read_chain(world.progress.read(), name)
     beyond: dict[int, str] = {}
-    refused = list(refused)
-    while loaded is not None:
-        reason = why_not_on(chain, loaded.generation)
+    while found.loaded is not None:
+        generation = found.loaded.generation
+        try:
+            reason = why_not_on(chain, generation)
+        except Unusable as error:
+            if not (terms.fresh or terms.rebuild):
+                raise
+            reason = str(error)
         if reason is None:
             break
-        beyond[loaded.generation.step] = reason
-        loaded, refused = world.store.newest(beyond)
-    return loaded, refused, chain
+        beyond[generation.step] = reason
+        found = _find(world.store, terms, beyond)
+    return found, chain
 
 
-def why_not_on(chain: Chain, generation: Generation) -> str | None:
-    """
-    Why the chain does not go on from this generation, or ``None`` when it does.
-
-    Raises :class:`~streamlstm.errors.ProgressError` when the chain is not this deployment's, or has lost the record
-    that the generation stands on: then the generation is not to blame, and an older one would not help.
-    """
-    made = generation.provenance
-    here = f"the checkpoint of step {generation.step}"
-    if chain.tip is None or chain.first is None:
-        if made.progress is None:
-            return None
-        raise ProgressError(
-            f"the progress topic is empty, but {here} stands on its offset {made.progress.offset}: is this the right "
-            "cluster and topic? If the topic is lost, the deployment can only start anew, in another state directory"
-        )
-    if generation.step == 0 and generation.digest in chain.zeros:
-        return None
-    if made.lineage not in chain.lineages and not (chain.trimmed and chain.branches):
-        raise ProgressError(
-            f"the progress topic belongs to run {chain.lineage} and {here} to run {made.lineage}: another host "
-            "started this deployment first, or one of the two was brought back from elsewhere"
-        )
-    if made.progress is None:
-        if chain.trimmed and made.lineage == chain.lineage:
-            raise ProgressError(f"the progress topic was trimmed, but {here} needs it from its first record")
-    elif made.progress.offset < chain.first.offset and made.lineage == chain.lineage:
-        raise ProgressError(
-            f"the progress topic begins at offset {chain.first.offset}, but {here} stands on offset "
-            f"{made.progress.offset}: it must keep its records (cleanup.policy=delete, retention.ms=-1)"
-        )
-    elif chain.ends_at(made.progress) != generation.step:
-        return f"it is not in the progress chain, which ends with step {chain.last_step}"
-    if generation.step == 0 and (chain.last_step or made.progress != chain.tip):
-        return _why_not_zero(chain, made)
-    return None
+def _check(world: World, terms: Terms, found: _Found, chain: Chain) -> _Found:
+    """Configuration and input against the generation; what is found is why to begin anew, where that was asked for."""
+    if found.loaded is None:
+        return found
+    generation = found.loaded.generation
+    try:
+        if chain.last_step > 0:
+            _check_identity(generation, terms.settings)
+        if chain.last_step > 0 or not _starts_elsewhere(generation, terms.settings):
+            _check_topics(world.source, generation)
+            if terms.fresh and terms.on_gap == "fail" and (lost := _lost(world.source, chain, generation)):
+                raise _gone(lost)
+    except (ConfigError, TopicChanged, LogGap) as error:
+        if not terms.fresh:
+            raise
+        return _Found(None, (), error)
+    return found
 
 
-def _why_not_zero(chain: Chain, made: Provenance) -> str:
-    if made.lineage != chain.lineage:
-        return f"the deployment began anew since, with revision {chain.revision}"
-    raise ProgressError(
-        f"the progress topic began with another generation 0 than the one in this state directory, run "
-        f"{made.lineage}: another host started this deployment first"
-    )
+def _prepare(world: World, terms: Terms, found: _Found, chain: Chain, witness: Witness) -> tuple[Loaded, str | None]:
+    """The generation to go on from; with the digest of one that was made again from the log."""
+    loaded = found.loaded
+    if loaded is None and terms.rebuild and found.refusal is not None:
+        loaded = _rebuild(world, terms, chain, found.refusal)
+        return loaded, loaded.generation.digest
+    if loaded is None and chain.tip is not None:
+        loaded = _begin_anew(world, terms, chain, witness, str(found.refusal))
+    if chain.last_step == 0:
+        loaded = _prepare_first_step(world, terms, loaded, chain)
+    assert loaded is not None  # progress without a checkpoint was refused
+    return loaded, None
+
+
+def _check_name(generation: Generation, where: str, name: str) -> None:
+    was = generation.provenance.settings.name
+    if was != name:
+        raise ConfigError(f"name: {where} holds the state of {was!r}, and this deployment is called {name!r}")
 
 
 def _check_identity(generation: Generation, settings: Settings) -> None:
@@ -367,8 +349,8 @@ def _check_identity(generation: Generation, settings: Settings) -> None:
         was = generation.provenance.settings.identity
         told = ", ".join(f"{key} (was {was.get(key)!r}, is {settings.identity.get(key)!r})" for key in keys)
         raise ConfigError(
-            f"keys that the state hangs on were changed: {told}; set them back, or give the changed deployment a name, "
-            "output topics and a checkpoint.url of its own"
+            f"keys that the state hangs on were changed: {told}; set them back, start anew with `run --fresh`, or give "
+            "the changed deployment a name, output topics and a checkpoint.url of its own"
         )
 
 
@@ -378,33 +360,81 @@ def _starts_elsewhere(generation: Generation, settings: Settings) -> bool:
     return not {"source.start", "source.topics"}.isdisjoint(keys)
 
 
-def _check_input(source: LiveSource, generation: Generation) -> None:
-    """Topic ids, partitions and retention against what the state was made from."""
+def _check_topics(source: LiveSource, generation: Generation) -> None:
+    """Topic ids and partitions against what the state was made from."""
     made = generation.provenance
     now = source.topic_ids()
     for topic, ident in sorted(made.topic_ids.items()):
         if now.get(topic) != ident:
             raise TopicChanged(
                 f"topic {topic} was re-created since the checkpoint of step {generation.step} (id {ident}, now "
-                f"{now.get(topic)}): its offsets mean other records; start anew with another name and state directory"
+                f"{now.get(topic)}): its offsets mean other records; `run --fresh` starts anew on it"
             )
-    earliest = {(p.topic, p.partition): p.next_offset for p in source.resolve_start("earliest")}
-    known = {(p.topic, p.partition): p.next_offset for p in made.positions}
-    if set(earliest) != set(known):
-        count = {
-            topic: (sum(t == topic for t, _ in known), sum(t == topic for t, _ in earliest)) for topic in sorted(now)
-        }
+    there = {(p.topic, p.partition) for p in source.resolve_start("earliest")}
+    known = {(p.topic, p.partition) for p in made.positions}
+    if there != known:
+        count = {topic: (sum(t == topic for t, _ in known), sum(t == topic for t, _ in there)) for topic in sorted(now)}
         told = ", ".join(f"{topic} had {was} and has {has}" for topic, (was, has) in count.items() if was != has)
         raise TopicChanged(
             f"the partitions changed since the checkpoint of step {generation.step}: {told}; keys may now live "
-            "elsewhere, so start anew with another name and state directory"
+            "elsewhere: `run --fresh` starts anew on them"
         )
-    for (topic, partition), needed in sorted(known.items()):
-        if earliest[topic, partition] > needed:
-            raise LogGap(
-                f"{topic}-{partition}: offset {needed} is needed, but retention has deleted all before "
-                f"{earliest[topic, partition]}; start anew with another name and state directory"
-            )
+
+
+def _lost(source: LiveSource, chain: Chain, generation: Generation) -> tuple[Range, ...]:
+    """What a replay and the stream after it need, and retention has deleted."""
+    needed: dict[tuple[str, int], int] = {}
+    for step in chain.to_replay(generation.step):
+        for r in step.cut:
+            needed.setdefault((r.topic, r.partition), r.start)
+    for p in chain.positions_after(generation.provenance.positions, generation.step):
+        needed.setdefault((p.topic, p.partition), p.next_offset)
+    return tuple(
+        Range(p.topic, p.partition, at, p.next_offset)
+        for p in sorted(source.resolve_start("earliest"))
+        if (at := needed[p.topic, p.partition]) < p.next_offset
+    )
+
+
+def _gone(lost: Sequence[Range]) -> LogGap:
+    told = "; ".join(
+        f"{r.topic}-{r.partition}: offset {r.start} is needed, but retention has deleted all before {r.end}"
+        for r in lost
+    )
+    return LogGap(
+        f"{told}; set source.on_gap: skip to go on without them, start anew with `run --fresh`, or bring the records "
+        "back",
+        lost,
+    )
+
+
+def _pass_over(
+    world: World, terms: Terms, generation: Generation, chain: Chain, ident: str, lost: tuple[Range, ...]
+) -> None:
+    """Record what is passed over: from the checkpoint on where recorded steps lack something, else from here on."""
+    missed = any(
+        r.start < gone.end and (r.topic, r.partition) == (gone.topic, gone.partition)
+        for step in chain.to_replay(generation.step)
+        for r in step.cut
+        for gone in lost
+    )
+    assert chain.tip is not None
+    assert chain.lineage is not None
+    gap = Gap(
+        prev=chain.tip.digest,
+        lineage=chain.lineage,
+        revision=chain.revision,
+        incarnation=ident,
+        after=chain.last_step,
+        checkpoint=generation.step if missed else chain.last_step,
+        ranges=lost,
+    )
+    _append(world, terms, chain, gap, ident)
+
+
+def _append(world: World, terms: Terms, chain: Chain, record: Record, ident: str) -> None:
+    """Commit a record, and have it in the chain that we hold."""
+    chain.admit(commit_record(world.publisher, world.progress, chain, record, ident), terms.settings.name)
 
 
 def _prepare_first_step(world: World, terms: Terms, loaded: Loaded | None, chain: Chain) -> Loaded:
@@ -420,7 +450,7 @@ def _prepare_first_step(world: World, terms: Terms, loaded: Loaded | None, chain
         if not changed(then.identity, now.identity) and not changed(then.learning, now.learning):
             return loaded
     keep = before if loaded is not None and not _starts_elsewhere(loaded.generation, terms.settings) else None
-    state = world.maker.create().state()
+    state = world.maker.create(terms.settings.learning).state()
     provenance = Provenance(
         lineage=chain.lineage or (before.lineage if before else world.new_id()),
         incarnation="",
@@ -436,25 +466,101 @@ def _prepare_first_step(world: World, terms: Terms, loaded: Loaded | None, chain
     return Loaded(world.store.write(state, provenance).generation, state)
 
 
+def _begin_anew(world: World, terms: Terms, chain: Chain, witness: Witness, why: str) -> Loaded:
+    """
+    A new generation 0, durable; then the branch that makes it count; then the old generations are put aside.
+
+    A kill before the branch leaves the chain as it was: the next start is refused like this one would have been, or
+    begins anew. What was excluded stays so where a topic is still the same.
+    """
+    topic_ids = dict(world.source.topic_ids())
+    excluded, then = ((), topic_ids) if not chain.branches else (chain.excluded or (), chain.branches[-1][1].topic_ids)
+    provenance = Provenance(
+        lineage=world.new_id(),
+        incarnation="",
+        positions=tuple(world.source.resolve_start(terms.start)),
+        topic_ids=topic_ids,
+        progress=chain.tip,
+        settings=terms.settings,
+        fingerprint=terms.fingerprint,
+        created_ms=int(world.wall_s() * 1000),
+        revision=chain.revision + 1,
+        excluded=tuple(r for r in excluded if then.get(r.topic) == topic_ids.get(r.topic)),
+    )
+    state = world.maker.create(terms.settings.learning).state()
+    generation = world.store.write(state, provenance).generation
+    branch = describe_branch(
+        chain, generation, terms.settings.name, provenance.lineage, provenance.revision, provenance.excluded
+    )
+    _append(world, terms, chain, branch, "")
+    witness.begins_anew(why, provenance.revision, _put_aside_all_but_zero(world.store))
+    return Loaded(generation, state)
+
+
+def _rebuild(world: World, terms: Terms, chain: Chain, refusal: StreamlstmError) -> Loaded:
+    """
+    Generation 0 as the chain says it was, durable. It counts once the incarnation names its digest.
+
+    Raises :class:`~streamlstm.errors.ProgressError` when the chain's front was trimmed.
+    """
+    if chain.tip is None:
+        raise refusal
+    first = next(chain.after(0), None)
+    if chain.origin is None or (first is not None and first.number != 1):
+        raise ProgressError(
+            "--rebuild-from-log needs the progress topic from its first record, and its front was trimmed "
+            f"(sink.progress.trim): start anew with `run --fresh`; {refusal}"
+        )
+    settings, maker = terms.settings, chain.incarnation(first.incarnation) if first else None
+    if maker is not None:
+        settings = replace(settings, learning=maker.learning, hash=maker.config)
+        if hash_values({**settings.identity, **maker.learning}) != maker.config:
+            raise ConfigError(
+                "--rebuild-from-log: keys that the state hangs on are not those that the chain began with: set them "
+                "back, or start anew with `run --fresh`"
+            )
+    state = world.maker.create(settings.learning).state()
+    provenance = Provenance(
+        lineage=chain.lineage or world.new_id(),
+        incarnation="",
+        positions=tuple(Position(*position) for position in chain.origin.positions),
+        topic_ids=dict(chain.origin.topic_ids),
+        progress=None,
+        settings=settings,
+        fingerprint=terms.fingerprint,
+        created_ms=int(world.wall_s() * 1000),
+        revision=chain.revision,
+        excluded=chain.excluded or (),
+    )
+    described = Generation(0, "", 0, 0, provenance)
+    _check_topics(world.source, described)
+    if lost := _lost(world.source, chain, described):
+        raise _gone(lost)
+    return Loaded(world.store.write(state, provenance).generation, state)
+
+
+def _put_aside_all_but_zero(store: CheckpointStore) -> list[str]:
+    return [store.put_aside(step) for step in store.steps() if step]
+
+
 def _steps_to_replay(chain: Chain, generation: Generation, settings: Settings) -> list[RecordedStep]:
     """
-    The recorded steps after the checkpoint, contiguous with it and computed under these learning values.
+    The recorded steps after the checkpoint, contiguous with it.
 
-    Others can be taken over only from a clean stop, where nothing is left to replay.
+    Other learning values than those of the chain's newest process can be taken over only from a clean stop, where
+    nothing is left to replay.
     """
     pending = chain.to_replay(generation.step)
-    made = generation.provenance
     if pending and pending[0].number != generation.step + 1:
         raise ProgressError(
             f"the progress topic goes on with step {pending[0].number}, but the checkpoint is of step {generation.step}"
         )
     _check_positions(chain, generation)
-    for ident in dict.fromkeys(step.incarnation for step in pending):
-        maker = chain.incarnation(ident)
-        learning = maker.learning if maker else made.settings.learning
-        keys = changed(learning, settings.learning)
-        if keys:
-            told = ", ".join(f"{key}: {learning.get(key)!r}" for key in keys)
+    if pending:
+        # One that was trimmed away, or lies before the checkpoint, is the one that wrote it.
+        newest = chain.incarnations[-1][1].learning if chain.incarnations else generation.provenance.settings.learning
+        if keys := changed(newest, settings.learning):
+            told = ", ".join(f"{key}: {newest.get(key)!r}" for key in keys)
             raise ConfigError(
                 f"learning keys were changed, but {len(pending)} steps since the last checkpoint must be replayed with "
                 f"{told}; start once with these, stop with SIGTERM, and change them then"
@@ -484,16 +590,26 @@ def _check_positions(chain: Chain, generation: Generation) -> None:
             at[r.topic, r.partition] = r.end
 
 
-def _restore(maker: EngineMaker, loaded: Loaded, settings: Settings) -> Steppable:
-    try:
-        return maker.restore(loaded.state)
-    except ValueError as error:
-        keys = changed(loaded.generation.provenance.settings.learning, settings.learning)
-        if keys:
-            raise ConfigError(f"the state cannot take over {', '.join(keys)}, set them back: {error}") from error
-        raise CheckpointError(
-            f"the state of step {loaded.generation.step} does not fit the configuration: {error}"
-        ) from error
+def _replay(
+    world: World,
+    terms: Terms,
+    witness: Witness,
+    segments: Segments,
+    chain: Chain,
+    generation: Generation,
+    excluded: Sequence[Range],
+    *,
+    compare: bool,
+) -> tuple[Steppable, int]:
+    """The engine after the last recorded step, and how many messages were read for that."""
+    newest, records = Repetition(world.repeat, chain, generation), 0
+    world.source.seek(generation.provenance.positions)
+    for step in chain.to_replay(generation.step):
+        engine = segments.engine_for(step)
+        records += _replay_step(world, terms, engine, step, excluded, newest, compare=compare)
+        witness.replayed(step.number, chain.last_step)
+    newest.publish(witness.repeated, rebased=not compare)
+    return segments.engine_under(terms.settings.learning), records
 
 
 def _fingerprints(chain: Chain, generation: Generation, pending: Sequence[RecordedStep]) -> list[Fingerprint]:
@@ -508,49 +624,56 @@ def _differences(makers: Sequence[Fingerprint], now: Fingerprint) -> list[str]:
 
 
 def _write_incarnation(
-    world: World, terms: Terms, generation: Generation, chain: Chain, ident: str, *, rebased: bool
-) -> Link:
+    world: World,
+    terms: Terms,
+    generation: Generation,
+    chain: Chain,
+    ident: str,
+    *,
+    rebased: bool,
+    rebuilt: str | None,
+) -> None:
     made = generation.provenance
     origin = Origin(
         generation.digest,
         tuple((p.topic, p.partition, p.next_offset) for p in made.positions),
         dict(made.topic_ids),
     )
-    value = encode_record(
-        Incarnation(
-            prev=chain.tip.digest if chain.tip else "",
-            lineage=chain.lineage or made.lineage,
-            revision=max(chain.revision, made.revision),
-            name=terms.settings.name,
-            id=ident,
-            after=chain.last_step,
-            checkpoint=generation.step,
-            rebased=rebased,
-            config=terms.settings.hash,
-            learning=dict(terms.settings.learning),
-            fingerprint=dict(terms.fingerprint),
-            origin=origin if chain.last_step == 0 else None,
-        )
+    record = Incarnation(
+        prev=chain.tip.digest if chain.tip else "",
+        lineage=chain.lineage or made.lineage,
+        revision=max(chain.revision, made.revision),
+        name=terms.settings.name,
+        id=ident,
+        after=chain.last_step,
+        checkpoint=generation.step,
+        rebased=rebased,
+        config=terms.settings.hash,
+        learning=dict(terms.settings.learning),
+        fingerprint=dict(terms.fingerprint),
+        origin=origin if chain.last_step == 0 else None,
+        rebuilt=rebuilt,
     )
-    try:
-        offset = world.publisher.commit(Outputs([], [], value))
-    except Fenced as error:
-        raise judge_fenced(error, world.progress, chain.tip, ident) from error
-    return Link(offset, digest_record(value))
+    _append(world, terms, chain, record, ident)
 
 
-def _replay(
+def _replay_step(
     world: World,
+    terms: Terms,
     engine: Steppable,
     step: RecordedStep,
     excluded: Sequence[Range],
-    timeout_s: float,
     newest: Repetition,
     *,
     compare: bool,
 ) -> int:
     """Compute one recorded step again; the number of messages it held."""
-    messages = world.source.read(step.cut, timeout_s)
+    try:
+        messages = world.source.read(step.cut, terms.read_timeout_s)
+    except LogGap as error:
+        if terms.on_gap == "skip" and error.gaps:
+            raise Temporary(f"retention overtook the replay; the next start passes over more: {error}") from error
+        raise
     used, _ = drop_excluded(messages, excluded)
     report = engine.step(world.decode(used))
     if report.step != step.number:

@@ -13,16 +13,17 @@ from itertools import groupby
 from typing import Protocol
 
 from streamlstm.engine.report import StepReport
-from streamlstm.errors import CheckpointNotWritten, StreamlstmError, Temporary, Unavailable
-from streamlstm.records.batch import Cut, Messages
+from streamlstm.errors import CheckpointNotWritten, LogGap, StreamlstmError, Temporary, Unavailable
+from streamlstm.records.batch import Cut, Messages, Range
 from streamlstm.records.decode import refuse_rejected
 from streamlstm.recovery.background import BackgroundWriter, Failed, Kept, Outcome
 from streamlstm.recovery.checkpoint import Refused
 from streamlstm.recovery.exclusions import drop_excluded
 from streamlstm.recovery.generations import Provenance
-from streamlstm.recovery.progress import Link, digest_record, encode_record, positions_after, record_steps
+from streamlstm.recovery.progress import Gap, Link, digest_record, encode_record, positions_after, record_steps
 from streamlstm.recovery.repetition import Repeated
-from streamlstm.recovery.resume import Ready, Terms, World, judge_fenced
+from streamlstm.recovery.resume import Ready, Terms, World
+from streamlstm.recovery.standing import judge_fenced
 from streamlstm.service.observer import Checkpointed, Committed, Observer, Resumed, StepTimings
 from streamlstm.service.stopping import Stop
 from streamlstm.transport.interfaces import Fenced, OutMessage, Outputs
@@ -267,6 +268,10 @@ class Daemon:
             timeout_s = min(timeout_s, max(0.0, self._open.opened_s + self._pace.commit_every_s - self._now_s()))
         try:
             messages = self._source.poll(self._pace.max_records, timeout_s)
+        except LogGap as error:
+            if self._terms.on_gap == "fail" or not self._pass_over(error):
+                raise
+            return None
         except (Temporary, Unavailable) as error:
             if self._trouble_since_s is None:
                 self._trouble_since_s = self._now_s()
@@ -299,6 +304,38 @@ class Daemon:
         timings = StepTimings(polled_s - began_s, decoded_s - polled_s, stepped_s - decoded_s)
         self._observer.observe_step(report, timings, _bytes_by_topic(messages))
 
+    def _pass_over(self, error: LogGap) -> bool:
+        """
+        Record that what retention has deleted under us is passed over, and go on behind it. False if nothing may be.
+
+        What was computed is committed first: the gap lies behind it.
+        """
+        if self._open.reports:
+            self._commit()
+        ends = {(topic, partition): end for topic, partition, _, end in error.gaps}
+        ranges = tuple(
+            Range(p.topic, p.partition, p.next_offset, end)
+            for p in self._positions
+            if (end := ends.get((p.topic, p.partition), 0)) > p.next_offset
+        )
+        if not ranges:
+            return False
+        step = self._engine.step_number
+        gap = Gap(
+            prev=self._tip.digest,
+            lineage=self._lineage,
+            revision=self._revision,
+            incarnation=self._incarnation,
+            after=step,
+            checkpoint=step,
+            ranges=ranges,
+        )
+        self._publish(Outputs([], [], encode_record(gap)))
+        self._positions = positions_after(self._positions, [ranges])
+        self._source.seek(self._positions)
+        tell_gap(self._log, self._observer, ranges)
+        return True
+
     def _commit_due(self) -> bool:
         if not self._open.reports:
             return False
@@ -322,16 +359,8 @@ class Daemon:
         )
         value = encode_record(record)
         began_s = self._now_s()
-        try:
-            offset = self._world.publisher.commit(Outputs(done.forecasts, done.dead_letters, value))
-        except Fenced as error:
-            self._observer.observe_commit_failed(str(error))
-            raise judge_fenced(error, self._world.progress, self._tip, self._incarnation) from error
-        except StreamlstmError as error:
-            self._observer.observe_commit_failed(str(error))
-            raise
+        self._publish(Outputs(done.forecasts, done.dead_letters, value))
         self._committed = True
-        self._tip = Link(offset, digest_record(value))
         self._positions = positions_after(self._positions, done.cuts())
         self._observer.observe_commit(
             Committed(
@@ -346,6 +375,18 @@ class Daemon:
             )
         )
         self._source.commit_group_offsets(self._positions)
+
+    def _publish(self, outputs: Outputs) -> None:
+        """Commit, and keep in mind what the next record must name."""
+        try:
+            offset = self._world.publisher.commit(outputs)
+        except Fenced as error:
+            self._observer.observe_commit_failed(str(error))
+            raise judge_fenced(error, self._world.progress, self._tip, self._incarnation) from error
+        except StreamlstmError as error:
+            self._observer.observe_commit_failed(str(error))
+            raise
+        self._tip = Link(offset, digest_record(outputs.progress))
 
     def _checkpoint_due(self) -> bool:
         free = not self._open.reports and not self._writer.busy
@@ -480,6 +521,20 @@ class Startup:
             moved_to=moved_to,
         )
 
+    def begins_anew(self, why: str, revision: int, moved_to: Sequence[str]) -> None:
+        """See :class:`~streamlstm.recovery.resume.Witness`."""
+        self._log.warning(
+            "begins anew; the old checkpoints were put aside", why=why, revision=revision, moved_to=moved_to
+        )
+
+    def rebuilds(self, why: str, steps: int) -> None:
+        """See :class:`~streamlstm.recovery.resume.Witness`."""
+        self._log.warning("everything is computed again from the log", why=why, steps=steps)
+
+    def passes_over(self, ranges: Sequence[Range]) -> None:
+        """See :class:`~streamlstm.recovery.resume.Witness`."""
+        tell_gap(self._log, self._observer, ranges)
+
     def rebases(self, differences: Sequence[str], steps: int) -> None:
         """See :class:`~streamlstm.recovery.resume.Witness`."""
         self._log.warning(
@@ -525,6 +580,19 @@ class Startup:
             replayed_steps=ready.replayed_steps,
             rebased=ready.rebased,
             incarnation=ready.incarnation,
+        )
+
+
+def tell_gap(log: Log, observer: Observer, ranges: Sequence[Range]) -> None:
+    """Loudly: nobody will ever learn from these records."""
+    observer.observe_gap(ranges)
+    for r in ranges:
+        log.error(
+            "retention deleted offsets before they were read; they are passed over",
+            topic=r.topic,
+            partition=r.partition,
+            start=r.start,
+            end=r.end,
         )
 
 

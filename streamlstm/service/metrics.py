@@ -30,7 +30,7 @@ from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
 from streamlstm.engine.report import Outcome, StepReport
-from streamlstm.records.batch import REASONS
+from streamlstm.records.batch import REASONS, Range
 from streamlstm.service.observer import Checkpointed, Committed, Phase, Resumed, StepTimings
 from streamlstm.service.scores import bucket_horizons
 from streamlstm.service.status import Status
@@ -88,6 +88,12 @@ def _families(topics: Sequence[str] | None, horizons: Sequence[str] | None) -> t
             place,
         ),
         Family("source_position_offset", "gauge", "Next offset to process, as committed.", place),
+        Family(
+            "log_gap_offsets_total",
+            "counter",
+            "Offsets that retention deleted before they were read, passed over by source.on_gap: skip.",
+            {"topic": topic},
+        ),
         Family("checkpoint_offset", "gauge", "Next offset in the newest durable checkpoint.", place),
         Family(
             "step_duration_seconds",
@@ -292,6 +298,11 @@ class Metrics:
             of["checkpoint_duration_seconds"].labels(phase).observe(duration_s)
         for p in checkpointed.positions:
             of["checkpoint_offset"].labels(p.topic, p.partition).set(p.next_offset)
+
+    def observe_gap(self, ranges: Sequence[Range]) -> None:
+        """See :meth:`~streamlstm.service.observer.Observer.observe_gap`."""
+        for r in ranges:
+            self._of["log_gap_offsets_total"].labels(r.topic).inc(r.end - r.start)
 
 
 class _AtScrape(Collector):

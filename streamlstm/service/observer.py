@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from streamlstm.engine.report import StepReport
+from streamlstm.records.batch import Range
 from streamlstm.transport.interfaces import Position
 
 Phase = Literal["starting", "replaying", "running", "waiting", "stopping"]
@@ -118,6 +119,10 @@ class Observer(Protocol):
         """A checkpoint was made durable, or could not be."""
         ...
 
+    def observe_gap(self, ranges: Sequence[Range]) -> None:
+        """Offsets that retention had deleted were passed over."""
+        ...
+
 
 class Observers:
     """Several that are told the same, in their order."""
@@ -164,3 +169,8 @@ class Observers:
         """See :meth:`Observer.observe_checkpoint`."""
         for observer in self._observers:
             observer.observe_checkpoint(checkpointed)
+
+    def observe_gap(self, ranges: Sequence[Range]) -> None:
+        """See :meth:`Observer.observe_gap`."""
+        for observer in self._observers:
+            observer.observe_gap(ranges)

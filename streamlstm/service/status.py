@@ -7,14 +7,14 @@ held for microseconds by the loop. Nothing of the engine's is kept.
 
 import math
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from streamlstm.engine.report import Outcome
-from streamlstm.records.batch import RecordBatch
+from streamlstm.records.batch import Range, RecordBatch
 from streamlstm.service.observer import Checkpointed, Committed, Phase, Resumed, StepReport, StepTimings
 from streamlstm.service.scores import WindowedScores, WindowScore
 
@@ -118,6 +118,9 @@ class Status:
         """See :meth:`~streamlstm.service.observer.Observer.observe_checkpoint`."""
         with self._lock:
             self._checkpointed = checkpointed
+
+    def observe_gap(self, ranges: Sequence[Range]) -> None:
+        """Nothing to keep: the positions come with the next commit."""
 
     # What others ask.
 

@@ -20,7 +20,8 @@ from streamlstm.errors import StreamlstmError
 from streamlstm.records.batch import Messages, RecordBatch
 from streamlstm.recovery.background import BackgroundWriter, Outcome
 from streamlstm.recovery.checkpoint import CheckpointStore, Keep, open_store
-from streamlstm.recovery.resume import EngineMaker, Ready
+from streamlstm.recovery.making import EngineMaker
+from streamlstm.recovery.resume import Ready
 from streamlstm.service.daemon import Daemon, Pace, StoppedEarly
 from streamlstm.service.encode import ForecastEncoder
 from streamlstm.service.sessions import run_sessions
@@ -39,14 +40,20 @@ class Mind:
 
 
 def tiny() -> Mind:
-    return Mind(EngineMaker(TinyEngine, TinyEngine.restore), decode, TinyEncoder())
+    return Mind(
+        EngineMaker(lambda _: TinyEngine(), lambda state, _then, _now: TinyEngine.restore(state)),
+        decode,
+        TinyEncoder(),
+    )
 
 
 def real() -> Mind:
     torch.set_num_threads(1)  # as the service does
     config = small_config(training={"k1": 2, "k2": 6, "batch_series": 3, "max_wait": 12})
     return Mind(
-        EngineMaker(lambda: Engine.create(config, "cpu"), lambda state: Engine.restore(config, "cpu", state)),
+        EngineMaker(
+            lambda _: Engine.create(config, "cpu"), lambda state, _then, _now: Engine.restore(config, "cpu", state)
+        ),
         timed,
         ForecastEncoder("0" * 64, config.model.horizons),
     )

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from fakes import PACE
+from fakes import PACE, SETTINGS
 
 from simulator.disk import Kernel
 from simulator.life import CONFIG, SETTINGS_NAME, Life, World, real, sizes, tiny
@@ -280,7 +280,7 @@ class Simulation:
         """The oracle: the recorded cuts, fed to a fresh engine that nobody interrupts."""
         world, chain = self.world, self.chain()
         assert chain.positions == world.input.ends()
-        fresh = world.mind.maker.create()
+        fresh = world.mind.maker.create(SETTINGS.learning)
         forecasts: list[bytes] = []
         dead_letters: list[bytes] = []
         seen: list[tuple[str, int, int]] = []

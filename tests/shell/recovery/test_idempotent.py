@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from fakes import PACE, Broker, Crash, Fate, Process, TinyEncoder, message
+from fakes import PACE, SETTINGS, Broker, Crash, Fate, Process, TinyEncoder, message
 
 from streamlstm.errors import CheckpointNotWritten, ProgressError
 from streamlstm.recovery.disk import Disk
@@ -63,7 +63,7 @@ def never_stopped(tmp_path: Path, **filling) -> tuple[tuple, dict[str, str]]:
 def check_against_oracle(broker: Broker, engine, directory: Path) -> None:
     """The journal's cuts, without interruption, give these forecasts and this state."""
     oracle = Process(broker, directory.with_name("oracle"))
-    fresh, forecasts = oracle.world.maker.create(), []
+    fresh, forecasts = oracle.world.maker.create(SETTINGS.learning), []
     oracle.source.seek(oracle.source.resolve_start("earliest"))
     for step in chain_of(directory).after(0):
         report = fresh.step(oracle.world.decode(oracle.source.read(step.cut, 1.0)))
@@ -289,7 +289,7 @@ def test_what_is_repeated_is_encoded_as_it_was_recorded(tmp_path):
     process.publisher.close()
     process.store.close()
 
-    assert asked == [("hash", 0)]
+    assert asked == [(SETTINGS.hash, 0)]
 
 
 def test_with_transactions_nothing_is_published_again(tmp_path):

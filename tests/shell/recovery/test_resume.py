@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from fakes import PACE, SETTINGS, Broker, Crash, Fate, Process, TinyEncoder, digest_directory, message
+from fakes import PACE, SETTINGS, Broker, Crash, Fate, Process, TinyEncoder, digest_directory, make_settings, message
 
 from streamlstm.errors import (
     CheckpointError,
@@ -56,7 +56,7 @@ def without_a_crash(tmp_path: Path, sizes=(7,), **filling) -> tuple[Broker, dict
 def recorded_cuts_fed_to_a_fresh_engine(broker: Broker, tmp_path: Path) -> tuple[list[bytes], dict[str, str]]:
     """The oracle: the cuts of the progress topic, all of which must be retained, without interruption."""
     process = Process(broker, tmp_path / "oracle")
-    engine, forecasts = process.world.maker.create(), []
+    engine, forecasts = process.world.maker.create(SETTINGS.learning), []
     process.source.seek(process.source.resolve_start("earliest"))
     for step in read_chain(broker.progress, "n").after(0):
         report = engine.step(process.world.decode(process.source.read(step.cut, 1.0)))
@@ -393,7 +393,7 @@ def test_latest_is_resolved_once(tmp_path):
 def changed_settings(**keys):
     identity = {**SETTINGS.identity, **{k.replace("__", "."): v for k, v in keys.items() if k != "gain"}}
     learning = {"gain": keys.get("gain", 0.5)}
-    return replace(SETTINGS, identity=identity, learning=learning)
+    return make_settings(identity, learning)
 
 
 def test_a_changed_start_before_the_first_step_makes_generation_0_anew(tmp_path):

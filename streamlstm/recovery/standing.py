@@ -1,0 +1,94 @@
+"""Whether a generation stands on the chain, and what it means when our producer is refused."""
+
+from streamlstm.errors import ProgressError, StreamlstmError, Superseded
+from streamlstm.recovery.generations import Generation, Provenance
+from streamlstm.recovery.progress import Branch, Chain, Incarnation, Link, decode_record
+from streamlstm.transport.interfaces import Fenced, ProgressLog
+
+
+class Unusable(ProgressError):
+    """The chain is ours, and cannot go on from this generation; a new beginning could."""
+
+
+def why_not_on(chain: Chain, generation: Generation) -> str | None:
+    """
+    Why the chain does not go on from this generation, or ``None`` when it does.
+
+    Raises :class:`~streamlstm.errors.ProgressError` when the chain is not this deployment's, and :class:`Unusable` when
+    it has lost the record that the generation stands on: then an older one would not help.
+    """
+    made = generation.provenance
+    here = f"the checkpoint of step {generation.step}"
+    if chain.tip is None or chain.first is None:
+        if made.progress is None:
+            return None
+        raise ProgressError(
+            f"the progress topic is empty, but {here} stands on its offset {made.progress.offset}: is this the right "
+            "cluster and topic? If the topic is lost, the deployment can only start anew, in another state directory"
+        )
+    if generation.step == 0 and generation.digest in chain.zeros:
+        return None
+    _check_lineage(chain, generation)
+    if made.progress is None:
+        if chain.trimmed and made.lineage == chain.lineage:
+            raise Unusable(f"the progress topic was trimmed, but {here} needs it from its first record")
+    elif made.progress.offset < chain.first.offset and made.lineage == chain.lineage:
+        raise Unusable(
+            f"the progress topic begins at offset {chain.first.offset}, but {here} stands on offset "
+            f"{made.progress.offset}: it must keep its records (cleanup.policy=delete, retention.ms=-1); "
+            "`run --fresh` starts anew"
+        )
+    elif chain.ends_at(made.progress) != generation.step:
+        return f"it is not in the progress chain, which ends with step {chain.last_step}"
+    if generation.step == 0 and (chain.last_step or made.progress != chain.tip):
+        return _why_not_zero(chain, made)
+    return None
+
+
+def _check_lineage(chain: Chain, generation: Generation) -> None:
+    made = generation.provenance
+    if made.lineage in chain.lineages or (chain.trimmed and chain.branches):
+        return
+    if generation.step == 0 and made.revision > chain.revision:
+        raise Unusable("`run --fresh` was cut short before the new beginning counted: run it again")
+    raise ProgressError(
+        f"the progress topic belongs to run {chain.lineage} and the checkpoint of step {generation.step} to run "
+        f"{made.lineage}: another host started this deployment first, or one of the two was brought back from elsewhere"
+    )
+
+
+def _why_not_zero(chain: Chain, made: Provenance) -> str:
+    if made.lineage != chain.lineage:
+        return f"the deployment began anew since, with revision {chain.revision}"
+    raise Unusable(
+        f"the progress topic began with another generation 0 than the one in this state directory, run "
+        f"{made.lineage}: another host started this deployment first"
+    )
+
+
+def judge_fenced(error: Fenced, progress: ProgressLog, tip: Link | None, incarnation: str) -> StreamlstmError:
+    """
+    What a refused producer means. If somebody else wrote since: :class:`~streamlstm.errors.Superseded`, not to be
+    restarted, or two hosts would fence each other for ever. Otherwise our own transaction took too long, and a restart
+    mends it. ``tip`` is the newest record that was ours or that we had read.
+
+    Steps count as well as an incarnation, which may have been trimmed while we slept.
+    """
+    try:
+        entries = progress.read(tip.offset + 1 if tip else 0)
+        records = [decode_record(entry) for entry in entries]
+    except StreamlstmError:
+        return error
+    for record in records:
+        if isinstance(record, Branch):
+            return Superseded(
+                f"meanwhile the deployment was made to go on from step {record.after} (revision {record.revision}); "
+                "this process ends and must not be restarted by itself"
+            )
+        writer = record.id if isinstance(record, Incarnation) else record.incarnation
+        if writer != incarnation:
+            return Superseded(
+                f"another process took this deployment over (incarnation {writer}); this one ends and must not be "
+                "restarted"
+            )
+    return error

@@ -1,0 +1,213 @@
+"""``run --rebuild-from-log``: where no checkpoint can be used, everything once more from the first record."""
+
+import contextlib
+import itertools
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from fakes import PACE, SETTINGS, Broker, Crash, Fate, Process, make_settings, message
+
+from streamlstm.errors import CheckpointError, ConfigError, LogGap, ProgressError, TopicChanged
+from streamlstm.records.batch import Range
+from streamlstm.recovery.branching import revert
+from streamlstm.recovery.checkpoint import open_store
+from streamlstm.recovery.progress import Incarnation, decode_record
+
+KEEP_ALL = replace(PACE, trim=False)
+
+
+def filled(records: int = 60) -> Broker:
+    return Broker({"in": [[message(f"s{i % 3}", float(i * 7 % 31)) for i in range(records)]]})
+
+
+def values(broker: Broker) -> list[bytes]:
+    return [m.value or b"" for m in broker.published]
+
+
+def spoil(state: Path) -> None:
+    for path in state.glob("0*/optim.pt"):
+        path.write_bytes(b"")
+
+
+def ran(tmp_path: Path, **options) -> tuple[Broker, Path, dict[str, str]]:
+    broker, state = filled(), tmp_path / "state"
+    engine = Process(broker, state, pace=KEEP_ALL, **options).run()
+    return broker, state, engine.state().digests()
+
+
+@pytest.mark.parametrize("loss", ["all bad", "all gone"])
+def test_everything_is_computed_again_and_nothing_is_published_twice(tmp_path, loss):
+    broker, state, digests = ran(tmp_path)
+    published = values(broker)
+    if loss == "all bad":
+        spoil(state)
+    else:
+        shutil.rmtree(state)
+    with pytest.raises((CheckpointError, ProgressError)):
+        Process(broker, state, pace=KEEP_ALL).run()
+
+    process = Process(broker, state, pace=KEEP_ALL, rebuild=True)
+    engine = process.run()
+
+    assert engine.state().digests() == digests
+    assert values(broker) == published
+    assert process.ready is not None
+    assert process.ready.replayed_steps == process.ready.engine.step_number > 0
+    assert process.ready.revision == 0
+    assert "everything is computed again from the log" in process.journal.events("warning")
+
+
+def test_what_was_bad_is_put_aside_and_later_starts_need_no_option(tmp_path):
+    broker, state, _ = ran(tmp_path)
+    spoil(state)
+    process = Process(broker, state, pace=KEEP_ALL, rebuild=True)
+    process.begin()
+    process.store.close()
+    assert process.store.steps() == [0]
+    assert process.store.bad()
+    broker.inputs["in"][0] += [message("s1", float(i)) for i in range(20)]
+
+    later = Process(broker, state, pace=KEEP_ALL)
+    engine = later.run()
+
+    assert engine.state().digests() == Process(Broker(broker.inputs), tmp_path / "plain").run().state().digests()
+    assert len(broker.published) == 80
+
+
+def test_the_chain_says_which_generation_0_took_the_place_of_the_first(tmp_path):
+    broker, state, _ = ran(tmp_path)
+    spoil(state)
+    process = Process(broker, state, pace=KEEP_ALL, rebuild=True)
+    process.begin()
+    process.store.close()
+
+    incarnation = decode_record(broker.progress[-1])
+    assert isinstance(incarnation, Incarnation)
+    assert incarnation.rebuilt == process.store.verify(0).digest
+
+
+def test_with_a_checkpoint_that_can_be_used_it_does_nothing(tmp_path):
+    broker, state, digests = ran(tmp_path)
+
+    process = Process(broker, state, pace=KEEP_ALL, rebuild=True)
+
+    assert process.run().state().digests() == digests
+    assert process.ready is not None
+    assert process.ready.replayed_steps == 0
+
+
+def test_a_trimmed_chain_is_refused_and_the_way_out_is_named(tmp_path):
+    broker, state = filled(200), tmp_path / "state"
+    Process(broker, state, keep=2).run()
+    spoil(state)
+
+    with pytest.raises(ProgressError, match=r"its front was trimmed .* `run --fresh`"):
+        Process(broker, state, rebuild=True).run()
+
+
+@pytest.mark.parametrize("on_gap", ["fail", "skip"])
+def test_input_that_is_gone_is_refused_with_both_offsets(tmp_path, on_gap):
+    broker, state, _ = ran(tmp_path)
+    shutil.rmtree(state)
+    broker.beginning["in", 0] = 5
+
+    with pytest.raises(LogGap, match="in-0: offset 0 is needed, but retention has deleted all before 5"):
+        Process(broker, state, rebuild=True, on_gap=on_gap).run()
+    assert not open_store(state).steps()
+
+
+def test_a_topic_made_anew_is_refused(tmp_path):
+    broker, state, _ = ran(tmp_path)
+    shutil.rmtree(state)
+    broker.topic_ids["in"] = "id-2"
+
+    with pytest.raises(TopicChanged):
+        Process(broker, state, rebuild=True).run()
+
+
+def test_other_identity_keys_are_refused_before_anything_is_written(tmp_path):
+    broker, state, _ = ran(tmp_path)
+    shutil.rmtree(state)
+    records = list(broker.progress)
+    changed = make_settings({**SETTINGS.identity, "model.hidden_size": 3}, dict(SETTINGS.learning))
+
+    with pytest.raises(ConfigError, match="not those that the chain began with"):
+        Process(broker, state, rebuild=True, settings=changed).run()
+    assert broker.progress == records
+    assert not open_store(state).steps()
+
+
+def test_each_step_is_computed_under_the_learning_values_of_its_time(tmp_path):
+    broker, state, _ = ran(tmp_path)
+    later = make_settings(dict(SETTINGS.identity), {"gain": 0.1})
+    broker.inputs["in"][0] += [message("s1", float(i)) for i in range(30)]
+    digests = Process(broker, state, settings=later, pace=KEEP_ALL).run().state().digests()
+    spoil(state)
+
+    engine = Process(broker, state, settings=later, pace=KEEP_ALL, rebuild=True).run()
+
+    assert engine.state().digests() == digests
+    assert engine.gain == 0.1
+
+
+def test_what_a_branch_excluded_stays_out_of_it(tmp_path):
+    broker, state = filled(), tmp_path / "state"
+    Process(broker, state, pace=KEEP_ALL, keep=9).run()
+    back = Process(broker, state)
+    step = back.store.steps()[1]
+    at = back.store.verify(step).provenance.positions[0].next_offset
+    revert(
+        back.store, back.publisher, back.world.progress, "n", step, [Range("in", 0, at + 1, at + 9)], back.world.new_id
+    )
+    back.store.close()
+    digests = Process(broker, state, pace=KEEP_ALL).run().state().digests()
+    shutil.rmtree(state)
+
+    process = Process(broker, state, pace=KEEP_ALL, rebuild=True)
+
+    assert process.run().state().digests() == digests
+    assert process.ready is not None
+    assert process.ready.revision == 1
+
+
+def test_after_a_new_beginning_it_is_that_one_which_is_rebuilt(tmp_path):
+    broker, state, _ = ran(tmp_path)
+    changed = make_settings({**SETTINGS.identity, "model.hidden_size": 3}, dict(SETTINGS.learning))
+    digests = Process(broker, state, settings=changed, pace=KEEP_ALL, fresh=True).run().state().digests()
+    shutil.rmtree(state)
+
+    engine = Process(broker, state, settings=changed, pace=KEEP_ALL, rebuild=True).run()
+
+    assert engine.state().digests() == digests
+
+
+@pytest.mark.parametrize("loss", ["all bad", "all gone"])
+def test_killed_at_any_call_and_started_again_it_is_rebuilt_once(tmp_path, loss):
+    """Nested: the start that rebuilds is killed, the next one too, and the third goes through."""
+    kept, before = tmp_path / "kept", filled(30)
+    digests = Process(before, kept, pace=KEEP_ALL).run().state().digests()
+    published = values(before)
+    if loss == "all bad":
+        spoil(kept)
+    for at in itertools.count(step=2):
+        state = tmp_path / "killed"
+        shutil.rmtree(state, ignore_errors=True)
+        if loss == "all bad":
+            shutil.copytree(kept, state)
+        broker = Broker(before.inputs, progress=list(before.progress), epoch=before.epoch)
+        broker.next_progress = before.next_progress
+        fates = (Fate(at), Fate(50 - at if at < 50 else at // 3))
+        for fate in fates:
+            with contextlib.suppress(Crash):
+                Process(broker, state, fate, pace=KEEP_ALL, rebuild=True).run()
+        process = Process(broker, state, pace=KEEP_ALL, rebuild=True)
+        engine = process.run()
+
+        assert engine.state().digests() == digests, at
+        assert not broker.published, "all of it had been published before"
+        if not fates[0].dead:
+            break
+    assert published
+    assert at > 40
