@@ -173,23 +173,23 @@ class Engine:
         return self._report(work, tuple(updates), {"gap": admitted.gap_resets, "non_finite": zeroed})
 
     def state(self) -> EngineState:
-        """A snapshot: immutable, and free until the next step writes to what it shares with it."""
+        """A snapshot: immutable, and free but for names; while it is held, a step puts aside what it overwrites."""
         queued = _joined(self._queued) if self._queued else None
         training = self._learner.training()
         if queued is not None:
             training |= {f"queue.{name}": tensor for name, tensor in queued.windows._asdict().items()}
-        series = self._table.series
+        series, columns = self._table.snapshot()
         return EngineState(
             step=self.step_number,
-            series=tuple(series),
-            columns=self._table.freeze(),
+            series=series,
+            columns=columns,
             weights=self._learner.weights(),
             training=training,
             meta={
                 "fresh": self._fresh,
                 "learner": self._learner.counters(),
                 "queue": {
-                    "series": [list(series[slot]) for slot in self._queue.slots],
+                    "series": [list(self._table.series[slot] or ()) for slot in self._queue.slots],
                     "joined": list(self._queue.joined),
                     "wanted": self._queue.wanted,
                     "quiet": self._queue.quiet,

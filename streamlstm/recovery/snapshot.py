@@ -81,11 +81,11 @@ class Column(NamedTuple):
 
 
 def describe_columns(state: EngineState) -> dict[str, Column]:
-    """Every column's row, by name, but those that have no chunk yet; needed again where there is no series yet."""
+    """Every column's row, by name, but those that have no piece yet; needed again where there is no series yet."""
     return {
-        name: Column(str(chunks[0].dtype).removeprefix("torch."), tuple(chunks[0].shape[1:]))
-        for name, chunks in sorted(state.columns.items())
-        if chunks
+        name: Column(str(like.dtype).removeprefix("torch."), tuple(like.shape[1:]))
+        for name in sorted(state.columns)
+        if (like := state.like(name)) is not None
     }
 
 
@@ -101,7 +101,6 @@ def write_series(sink: Sink, state: EngineState, place: Place, rows: Sequence[in
     """One Parquet file: a row per series of ``place``, in the order of ``rows``; page checksums on."""
     columns = {name: column for name, column in describe_columns(state).items() if column.width}
     schema = _schema(place, columns)
-    starts = {name: _chunk_starts(state.columns[name]) for name in columns}
     target = pa.PythonFile(_Stream(sink), mode="w")
     with pq.ParquetWriter(
         target, schema, compression="none", use_dictionary=False, write_statistics=False, write_page_checksum=True
@@ -110,7 +109,7 @@ def write_series(sink: Sink, state: EngineState, place: Place, rows: Sequence[in
             group = np.asarray(rows[first : first + _ROW_GROUP], np.int64)
             arrays: list[pa.Array] = [pa.array([state.series[i].key for i in group], pa.string())]
             for name, column in columns.items():
-                arrays.append(_to_arrow(_take(state.columns[name], starts[name], group), column))
+                arrays.append(_to_arrow(state.take(name, group), column))
             writer.write_table(pa.Table.from_arrays(arrays, schema=schema), row_group_size=_ROW_GROUP)
 
 
@@ -209,21 +208,6 @@ def _schema(place: Place, columns: dict[str, Column]) -> pa.Schema:
     fields = [pa.field("key", pa.string(), nullable=False)]
     fields += [pa.field(name, column.arrow(), nullable=False) for name, column in columns.items()]
     return pa.schema(fields, metadata={_METADATA: canonical_json(told)})
-
-
-def _chunk_starts(chunks: Sequence[Tensor]) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
-    return np.cumsum([0, *(len(chunk) for chunk in chunks[:-1])], dtype=np.int64)
-
-
-def _take(chunks: Sequence[Tensor], starts: np.ndarray[Any, Any], rows: np.ndarray[Any, Any]) -> Tensor:
-    """These rows of a chunked column, on the CPU, without joining the chunks."""
-    chunk_of = np.searchsorted(starts, rows, side="right") - 1
-    taken = torch.empty((len(rows), *chunks[0].shape[1:]), dtype=chunks[0].dtype)
-    for c in np.unique(chunk_of):
-        here = np.flatnonzero(chunk_of == c)
-        picked = torch.from_numpy(rows[here] - starts[c]).to(chunks[c].device)
-        taken[torch.from_numpy(here)] = chunks[c].detach()[picked].cpu()
-    return taken
 
 
 def _to_arrow(rows: Tensor, column: Column) -> pa.Array:

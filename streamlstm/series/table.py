@@ -1,14 +1,16 @@
 """
 The series table: one row per series, in columns, in chunks.
 
-A chunk holds up to :data:`CHUNK_ROWS` rows of one column; the last one grows by doubling, so that one series with long
-horizons does not take the room of a thousand. A snapshot takes references to the chunks and freezes them; whoever
-writes to a frozen chunk clones it first, so a snapshot costs nothing and never changes (copy-on-write).
+The first chunk grows by doubling up to :data:`FIRST_ROWS` rows, so that one series with long horizons does not take the
+room of a thousand; each further one is as long as all before it, and its rows are made ready piece by piece. So nothing
+that is large is ever copied to make room, and rows all over the table lie in few chunks.
 
 Axes: S slots (rows of the table), N rows of a selection (slots may repeat), R entries of a ring.
 """
 
-from collections.abc import Iterable
+import math
+import weakref
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,7 +20,9 @@ from torch import Tensor
 
 from streamlstm.records.batch import SeriesId
 
-CHUNK_ROWS = 1024
+FIRST_ROWS = 1024
+
+Slots = NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,16 +49,87 @@ class _Part:
 class Selection:
     """N slots, resolved to chunks once and used for many columns."""
 
-    size: int
+    slots: Slots
     parts: tuple[_Part, ...]
+
+    @property
+    def size(self) -> int:
+        """N."""
+        return len(self.slots)
+
+
+class Snapshot(Mapping[str, Sequence[Tensor]]):
+    """
+    The columns of a table as they were at one moment, read while the table goes on; taking it copies nothing.
+
+    It shares the table's chunks. Whoever is about to write to rows has their values put aside here first
+    (:meth:`keep`), once per row; whoever reads rows copies them from the chunks and *then* replaces those that were put
+    aside by what was put aside. No lock is needed, because of the order: a row is put aside before it is written to, so
+    a reader who met a row half written finds the whole one put aside. It may be read often, by any one thread beside
+    the writing one, and stops costing anything when nobody holds it any more.
+
+    As a mapping it gives whole columns, each in one piece, on the CPU; they are kept.
+    """
+
+    def __init__(self, chunks: Mapping[str, Sequence[Tensor]], slots: Slots, size: int) -> None:
+        self._chunks = {name: list(parts) for name, parts in chunks.items()}
+        self._slots = slots
+        self._whole: dict[str, Tensor] = {}
+        self._done = False
+        self._kept: list[dict[str, Tensor]] = []
+        # Of each slot: which of the kept blocks has it (-1: none), and where in it.
+        self._block_of = np.full(size, -1, np.int32)
+        self._row_of = np.empty(size, np.int32)
+
+    def __len__(self) -> int:
+        return len(self._chunks)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._chunks)
+
+    def __getitem__(self, name: str) -> Sequence[Tensor]:
+        if not self._chunks[name]:
+            return []
+        if name not in self._whole:
+            self._whole[name] = self.take(name, np.arange(len(self._slots)))
+            self._done = len(self._whole) == len(self)
+        return [self._whole[name]]
+
+    def like(self, name: str) -> Tensor | None:
+        """No rows of a column: dtype and shape. ``None`` while the table has no room for a row."""
+        return self._chunks[name][0][:0] if self._chunks[name] else None
+
+    def take(self, name: str, rows: Slots) -> Tensor:
+        """These rows of a column, a copy on the CPU."""
+        if name in self._whole:
+            return self._whole[name][torch.from_numpy(rows)]
+        slots = self._slots[rows]
+        taken = take_rows(self._chunks[name], slots).cpu()
+        block = self._block_of[slots]
+        for number in np.unique(block[block >= 0]):
+            here = np.flatnonzero(block == number)
+            kept = self._kept[number][name]
+            taken[torch.from_numpy(here)] = kept[torch.from_numpy(self._row_of[slots[here]]).to(kept.device)].cpu()
+        return taken
+
+    def keep(self, slots: Slots) -> None:
+        """Put aside what is in these rows, unless it was before: they are about to be written to."""
+        if self._done:
+            return
+        slots = slots[slots < len(self._block_of)]
+        slots = np.unique(slots[self._block_of[slots] < 0])
+        if len(slots):
+            self._kept.append({name: take_rows(chunks, slots) for name, chunks in self._chunks.items()})
+            self._row_of[slots] = np.arange(len(slots), dtype=np.int32)
+            self._block_of[slots] = len(self._kept) - 1
 
 
 class SeriesTable:
     """
-    Named columns over slots. A slot is given to a series when it is first seen and keeps its place for good.
+    Named columns over slots. A slot is given to a series when it is first seen, and to another once it was removed.
 
     Values go in and come out as tensors on the column's device. Slots carry no meaning: no result depends on which
-    series sits where.
+    series sits where. A slot that is free holds the fill values.
     """
 
     def __init__(self, columns: Iterable[Column], device: str) -> None:
@@ -65,50 +140,76 @@ class SeriesTable:
         }
         self._kinds = sorted({home.type for home in self._homes.values()})
         self._chunks: dict[str, list[Tensor]] = {name: [] for name in self._columns}
-        self._frozen: set[tuple[str, int]] = set()
-        self.series: list[SeriesId] = []
+        self._ready = 0
+        self._free: list[int] = []
+        self._snapshots: list[weakref.ref[Snapshot]] = []
+        self.series: list[SeriesId | None] = []
         self.slot_of: dict[SeriesId, int] = {}
 
     def __len__(self) -> int:
-        return len(self.series)
+        return len(self.slot_of)
 
     def add(self, series: SeriesId) -> int:
         """A new series' slot; its columns hold their fill values."""
-        slot = len(self.series)
-        row = slot % CHUNK_ROWS
-        if row & (row - 1) == 0:
-            self._grow(row)
-        self.series.append(series)
+        if self._free:
+            slot = self._free.pop()
+            self.series[slot] = series
+        else:
+            slot = len(self.series)
+            if slot == self._ready:
+                self._grow()
+            self.series.append(series)
         self.slot_of[series] = slot
         return slot
 
-    def _grow(self, rows: int) -> None:
-        """Room for twice the ``rows`` of the last chunk, or a new one. What a snapshot holds stays as it is."""
+    def remove(self, slots: Slots) -> None:
+        """These series leave; their slots are free, and blank."""
+        selection = self.select(slots)
+        for name, column in self._columns.items():
+            self.fill(name, selection, column.fill)
+        for slot in slots.tolist():
+            series = self.series[slot]
+            assert series is not None, "a free slot cannot be freed"
+            del self.slot_of[series]
+            self.series[slot] = None
+        self._free += slots.tolist()
+
+    def _grow(self) -> None:
+        """More rows ready. What a snapshot holds stays as it is."""
+        ready = self._ready
+        more = max(1, min(ready, FIRST_ROWS))
+        chunk, row = chunk_and_row(ready)
         for name, chunks in self._chunks.items():
-            if rows == 0:
-                chunks.append(self.blank(name, 1))
+            if ready < FIRST_ROWS:
+                chunks[:] = [torch.cat([*chunks, self.blank(name, more)])]
             else:
-                self._frozen.discard((name, len(chunks) - 1))
-                chunks[-1] = torch.cat([chunks[-1], self.blank(name, rows)])
+                if row == 0:
+                    chunks.append(self._room(name, ready))
+                chunks[chunk][row : row + more] = self._columns[name].fill
+        self._ready += more
+
+    def _room(self, name: str, size: int) -> Tensor:
+        """``size`` rows that hold anything: of a large piece only what is used takes memory."""
+        column, home = self._columns[name], self._homes[name]
+        return _room(size, column.shape, column.dtype) if home.type == "cpu" else self.blank(name, size)
 
     def blank(self, name: str, size: int) -> Tensor:
         """``size`` rows of a column as a new series has them."""
         column = self._columns[name]
         return torch.full((size, *column.shape), column.fill, dtype=column.dtype, device=self._homes[name])
 
-    def select(self, slots: NDArray[np.int64]) -> Selection:
+    def select(self, slots: Slots) -> Selection:
         """Resolve slots to chunks."""
         if len(slots) == 0:
-            return Selection(0, ())
-        chunk_of = slots // CHUNK_ROWS
-        rows = slots % CHUNK_ROWS
-        if chunk_of[0] == chunk_of[-1] and (chunk_of == chunk_of[0]).all():
-            return Selection(len(slots), (_Part(int(chunk_of[0]), self._placed(None), self._rows(rows)),))
+            return Selection(slots, ())
+        chunk_of, rows = _chunks_and_rows(slots)
+        if (chunk_of == chunk_of[0]).all():
+            return Selection(slots, (_Part(int(chunk_of[0]), self._placed(None), self._rows(rows)),))
         parts: list[_Part] = []
         for chunk in np.unique(chunk_of):
             places = np.flatnonzero(chunk_of == chunk)
             parts.append(_Part(int(chunk), self._placed(places), self._rows(rows[places])))
-        return Selection(len(slots), tuple(parts))
+        return Selection(slots, tuple(parts))
 
     def gather(self, name: str, selection: Selection) -> Tensor:
         """Rows of a column: ``[N, …]``, a copy."""
@@ -116,24 +217,25 @@ class SeriesTable:
         if len(selection.parts) == 1:
             part = selection.parts[0]
             return chunks[part.chunk].index_select(0, part.rows[kind])
-        out = self.blank(name, selection.size)
+        out = self._room(name, selection.size)
         for part in selection.parts:
             out[part.places[kind]] = chunks[part.chunk].index_select(0, part.rows[kind])
         return out
 
     def scatter(self, name: str, selection: Selection, values: Tensor) -> None:
         """Write ``values [N, …]`` to the rows of a column; slots must not repeat."""
-        kind = self._homes[name].type
+        self._before_writing(selection)
+        kind, chunks = self._homes[name].type, self._chunks[name]
         for part in selection.parts:
             places = part.places[kind]
-            chunk = self._writable(name, part.chunk)
-            chunk.index_copy_(0, part.rows[kind], values if places is None else values[places])
+            chunks[part.chunk].index_copy_(0, part.rows[kind], values if places is None else values[places])
 
     def fill(self, name: str, selection: Selection, value: float) -> None:
         """Write one value to whole rows of a column."""
-        kind = self._homes[name].type
+        self._before_writing(selection)
+        kind, chunks = self._homes[name].type, self._chunks[name]
         for part in selection.parts:
-            self._writable(name, part.chunk).index_fill_(0, part.rows[kind], value)
+            chunks[part.chunk].index_fill_(0, part.rows[kind], value)
 
     def gather_at(self, name: str, selection: Selection, place: Tensor) -> Tensor:
         """Entries of a ring column ``[S, R, …]`` at ``place [N]`` or ``[N, J]`` of each row: ``[N, (J,) …]``."""
@@ -151,31 +253,48 @@ class SeriesTable:
 
     def scatter_at(self, name: str, selection: Selection, place: Tensor, values: Tensor) -> None:
         """Write entries of a ring column; no (slot, place) may repeat. Shapes as in :meth:`gather_at`."""
-        kind = self._homes[name].type
+        self._before_writing(selection)
+        kind, chunks = self._homes[name].type, self._chunks[name]
         for part in selection.parts:
-            here = part.places[kind]
-            chunk = self._writable(name, part.chunk)
+            here, chunk = part.places[kind], chunks[part.chunk]
             index = _flat(chunk, part.rows[kind], place if here is None else place[here])
             flat = chunk.view(-1, *chunk.shape[2:])
             source = values if here is None else values[here]
             flat.index_copy_(0, index.reshape(-1), source.reshape(-1, *chunk.shape[2:]))
 
     def count_above(self, name: str, bound: int) -> int:
-        """How many series have more than ``bound`` in a scalar host column."""
-        left, total = len(self.series), 0
+        """How many rows have more than ``bound`` in a scalar host column, free ones with their fill value included."""
+        return sum(int(np.count_nonzero(values > bound)) for _, values in self._scalars(name))
+
+    def at_most(self, name: str, bound: int) -> Slots:
+        """The slots of series that have ``bound`` or less in a scalar host column."""
+        found = [start + np.flatnonzero(values <= bound) for start, values in self._scalars(name)]
+        slots = np.concatenate(found) if found else np.empty(0, np.int64)
+        if self._free:
+            slots = slots[~np.isin(slots, self._free)]
+        return slots
+
+    def _scalars(self, name: str) -> Iterator[tuple[int, NDArray[np.int64]]]:
+        """A scalar host column, chunk by chunk, with the slot each begins at."""
+        at, end = 0, len(self.series)
         for chunk in self._chunks[name]:
-            total += int(np.count_nonzero(chunk.numpy()[:left] > bound))
-            left -= CHUNK_ROWS
-        return total
+            values = chunk.numpy()[: end - at]
+            yield at, values
+            at += len(values)
 
-    def freeze(self) -> dict[str, list[Tensor]]:
-        """The chunks as they are now. They will not change: later writes go to clones."""
-        self._frozen = {(name, i) for name, chunks in self._chunks.items() for i in range(len(chunks))}
-        return {name: list(chunks) for name, chunks in self._chunks.items()}
+    def snapshot(self) -> tuple[tuple[SeriesId, ...], Snapshot]:
+        """The series, and their columns as they are now. Nothing is copied but names."""
+        if self._free:
+            series, slots = tuple(self.slot_of), np.fromiter(self.slot_of.values(), np.int64, len(self.slot_of))
+        else:
+            series, slots = tuple(one for one in self.series if one is not None), np.arange(len(self.series))
+        taken = Snapshot(self._chunks, slots, len(self.series))
+        self._snapshots.append(weakref.ref(taken))
+        return series, taken
 
-    def load(self, series: Iterable[SeriesId], columns: dict[str, list[Tensor]]) -> None:
+    def load(self, series: Iterable[SeriesId], columns: Mapping[str, Sequence[Tensor]]) -> None:
         """
-        Fill an empty table from chunks as :meth:`freeze` gave them, of any length; whole again, whatever they were.
+        Fill an empty table from columns in pieces of any length; whole again, whatever they were.
 
         Raises :class:`ValueError` naming the column whose presence, dtype or shape is not this table's.
         """
@@ -186,22 +305,32 @@ class SeriesTable:
         for one in series:
             self.add(one)
         for name, column in self._columns.items():
-            values = torch.cat(columns[name]) if columns[name] else torch.empty((0, *column.shape), dtype=column.dtype)
-            if values.dtype != column.dtype or tuple(values.shape[1:]) != column.shape or len(values) < len(self):
-                raise ValueError(
-                    f"series column {name}: {values.dtype} {tuple(values.shape)} does not fit "
-                    f"{column.dtype} {(len(self), *column.shape)}"
-                )
-            for i, chunk in enumerate(self._chunks[name]):
-                rows = values[i * CHUNK_ROWS : min((i + 1) * CHUNK_ROWS, len(self))]
-                chunk[: len(rows)] = rows.to(chunk.device)
+            pieces = columns[name]
+            for piece in pieces:
+                if piece.dtype != column.dtype or tuple(piece.shape[1:]) != column.shape:
+                    raise ValueError(
+                        f"series column {name}: {piece.dtype} of {tuple(piece.shape[1:])} does not fit "
+                        f"{column.dtype} of {column.shape}"
+                    )
+            if sum(map(len, pieces)) < len(self):
+                raise ValueError(f"series column {name}: {sum(map(len, pieces))} rows for {len(self)} series")
+            at = 0
+            for piece in pieces:
+                rows = piece[: len(self) - at]
+                while len(rows):
+                    chunk, row = chunk_and_row(at)
+                    room = self._chunks[name][chunk][row : row + len(rows)]
+                    room.copy_(rows[: len(room)])
+                    rows = rows[len(room) :]
+                    at += len(room)
 
-    def _writable(self, name: str, index: int) -> Tensor:
-        chunks = self._chunks[name]
-        if self._frozen and (name, index) in self._frozen:
-            self._frozen.discard((name, index))
-            chunks[index] = chunks[index].clone()
-        return chunks[index]
+    def _before_writing(self, selection: Selection) -> None:
+        """Let every snapshot that somebody still holds put aside what is about to change."""
+        if self._snapshots:
+            held = [(ref, snapshot) for ref in self._snapshots if (snapshot := ref()) is not None]
+            for _, snapshot in held:
+                snapshot.keep(selection.slots)
+            self._snapshots = [ref for ref, _ in held]
 
     def _rows(self, rows: NDArray[np.int64]) -> dict[str, Tensor]:
         on_host = torch.from_numpy(np.ascontiguousarray(rows))
@@ -211,6 +340,55 @@ class SeriesTable:
         if places is None:
             return dict.fromkeys(self._kinds)
         return dict(self._rows(places))
+
+
+def chunk_and_row(slot: int) -> tuple[int, int]:
+    """
+    Where a slot lies.
+
+    >>> [chunk_and_row(slot) for slot in (0, 1023, 1024, 2047, 2048, 4095, 4096)]
+    [(0, 0), (0, 1023), (1, 0), (1, 1023), (2, 0), (2, 2047), (3, 0)]
+    """
+    chunk = (slot // FIRST_ROWS).bit_length()
+    return chunk, slot - (FIRST_ROWS << chunk - 1 if chunk else 0)
+
+
+def _chunks_and_rows(slots: Slots) -> tuple[Slots, Slots]:
+    chunk_of = np.frexp((slots // FIRST_ROWS).astype(np.float64))[1].astype(np.int64)
+    return chunk_of, slots - np.where(chunk_of > 0, FIRST_ROWS << np.maximum(chunk_of - 1, 0), 0)
+
+
+def take_rows(pieces: Sequence[Tensor], rows: Slots) -> Tensor:
+    """These rows of a column that lies in pieces of any length: a copy, where the column is."""
+    if len(pieces) == 1:
+        return pieces[0].index_select(0, torch.from_numpy(rows).to(pieces[0].device))
+    like = pieces[0]
+    taken = (
+        _room(len(rows), tuple(like.shape[1:]), like.dtype)
+        if like.device.type == "cpu"
+        else like.new_empty((len(rows), *like.shape[1:]))
+    )
+    ends = np.cumsum([len(piece) for piece in pieces])
+    piece_of = np.searchsorted(ends, rows, side="right")
+    for number in np.unique(piece_of):
+        here = np.flatnonzero(piece_of == number)
+        piece = pieces[number]
+        start = int(ends[number]) - len(piece)
+        picked = torch.from_numpy(rows[here] - start).to(piece.device)
+        if here[-1] - here[0] == len(here) - 1:
+            # In one go where they lie together: rows in the order of slots always do.
+            torch.index_select(piece, 0, picked, out=taken[int(here[0]) : int(here[-1]) + 1])
+        else:
+            taken[torch.from_numpy(here).to(piece.device)] = piece.index_select(0, picked)
+    return taken
+
+
+def _room(size: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """On the CPU, holding anything; untouched, unlike torch's, which deterministic algorithms fill."""
+    count = size * math.prod(shape) * dtype.itemsize
+    if not count:
+        return torch.empty((size, *shape), dtype=dtype)
+    return torch.from_numpy(np.empty(count, np.uint8)).view(dtype).view(size, *shape)
 
 
 def _flat(chunk: Tensor, rows: Tensor, place: Tensor) -> Tensor:

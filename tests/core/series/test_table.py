@@ -1,11 +1,13 @@
-"""The series table: rows by series in chunks, copied when a snapshot holds them."""
+"""The series table: rows by series in chunks, and snapshots of them."""
+
+import threading
 
 import numpy as np
 import pytest
 import torch
 
 from streamlstm.records.batch import SeriesId
-from streamlstm.series.table import CHUNK_ROWS, Column, SeriesTable
+from streamlstm.series.table import FIRST_ROWS, Column, SeriesTable
 
 COLUMNS = [
     Column("age", (), torch.int64, host=True),
@@ -14,7 +16,7 @@ COLUMNS = [
     Column("ring", (5,), torch.int64, -7),
     Column("window", (5, 2), torch.float32),
 ]
-MANY = 2 * CHUNK_ROWS + 37
+MANY = 2 * FIRST_ROWS + 37
 
 
 def name(i):
@@ -57,20 +59,23 @@ def test_a_slot_stays_with_its_series_while_the_table_grows():
     assert whole(table, "age").tolist() == [i * 10 for i in range(MANY)]
     i = torch.arange(MANY)
     assert torch.equal(table.gather_at("ring", table.select(np.arange(MANY)), i % 5), i)
-    assert table.slot_of[name(CHUNK_ROWS + 1)] == CHUNK_ROWS + 1
+    assert table.slot_of[name(FIRST_ROWS + 1)] == FIRST_ROWS + 1
+
+
+def room(table, column="age"):
+    return [len(chunk) for chunk in table._chunks[column]]
 
 
 def test_one_series_takes_the_room_of_one():
     """With a thousand horizons a row of the ledger is megabytes."""
-    table = table_of(1)
-    assert all(len(chunk) == 1 for chunks in table.freeze().values() for chunk in chunks)
+    assert room(table_of(1), "window") == [1]
 
 
-@pytest.mark.parametrize("count", [1, 2, 3, 1000, CHUNK_ROWS - 1, CHUNK_ROWS, CHUNK_ROWS + 1, MANY])
+@pytest.mark.parametrize("count", [1, 2, 3, 1000, FIRST_ROWS - 1, FIRST_ROWS, FIRST_ROWS + 1, MANY, 9 * FIRST_ROWS])
 def test_room_is_at_most_twice_what_is_used(count):
-    chunks = table_of(count).freeze()["age"]
-    assert count <= sum(len(chunk) for chunk in chunks) <= 2 * count
-    assert all(len(chunk) == CHUNK_ROWS for chunk in chunks[:-1])
+    chunks = room(table_of(count))
+    assert count <= sum(chunks) <= 2 * count
+    assert [FIRST_ROWS, *(FIRST_ROWS << i for i in range(10))][: len(chunks) - 1] == chunks[:-1]
 
 
 def test_a_selection_over_several_chunks_reads_what_one_row_at_a_time_reads():
@@ -118,7 +123,7 @@ def test_a_selection_over_several_chunks_writes_what_one_row_at_a_time_writes():
 
 def test_a_slot_may_be_read_many_times_in_one_selection():
     table = filled(MANY)
-    slots = np.array([5, CHUNK_ROWS + 5, 5, 5])
+    slots = np.array([5, FIRST_ROWS + 5, 5, 5])
     carry = table.gather("carry", table.select(slots))
     assert torch.equal(carry[0], carry[2])
     assert torch.equal(carry[0], carry[3])
@@ -147,8 +152,8 @@ def test_what_is_read_is_a_copy():
 @pytest.mark.parametrize("count", [1, 7, MANY])
 def test_a_snapshot_never_changes(count):
     table = filled(count)
-    frozen = table.freeze()
-    copies = {column: [chunk.clone() for chunk in chunks] for column, chunks in frozen.items()}
+    before = {column.name: whole(table, column.name).clone() for column in COLUMNS}
+    _, taken = table.snapshot()
     everybody = table.select(np.arange(count))
     table.fill("age", everybody, 1)
     table.scatter("mean", everybody, torch.zeros(count, dtype=torch.float64))
@@ -156,57 +161,160 @@ def test_a_snapshot_never_changes(count):
     table.scatter_at("window", everybody, torch.zeros(count, 1, dtype=torch.int64), torch.zeros(count, 1, 2))
     for i in range(count, count + 40):
         table.add(name(i))
-    for column, chunks in frozen.items():
-        assert all(torch.equal(chunk, copy) for chunk, copy in zip(chunks, copies[column], strict=True))
+    assert all(torch.equal(taken[column][0], values) for column, values in before.items())
     assert whole(table, "age")[:count].eq(1).all()
 
 
-def test_only_the_chunks_that_are_written_to_are_copied():
+def test_only_the_rows_that_are_written_to_are_put_aside_and_once():
     table = filled(MANY)
-    first = table.freeze()
-    table.fill("age", table.select(np.array([CHUNK_ROWS + 1])), 5)
-    second = table.freeze()
-    shared = [a is b for a, b in zip(first["age"], second["age"], strict=True)]
-    assert shared == [True, False, True]
-    assert all(a is b for a, b in zip(first["window"], second["window"], strict=True))
+    _, taken = table.snapshot()
+    for _ in range(3):
+        table.fill("age", table.select(np.array([FIRST_ROWS + 1, 5, 5])), 5)
+    assert [len(kept["age"]) for kept in taken._kept] == [2]
 
 
-def test_a_chunk_is_copied_once_for_each_snapshot():
+def test_a_snapshot_that_nobody_holds_costs_nothing():
     table = filled(3)
-    table.freeze()
-    everybody = table.select(np.arange(3))
-    table.fill("age", everybody, 5)
-    mine = table._chunks["age"][0]
-    table.fill("age", everybody, 6)
-    assert table._chunks["age"][0] is mine
+    _, taken = table.snapshot()
+    del taken
+    table.fill("age", table.select(np.arange(3)), 5)
+    assert table._snapshots == []
 
 
-@pytest.mark.parametrize("count", [0, 1, 7, CHUNK_ROWS, MANY])
-def test_what_is_frozen_loads_as_it_was(count):
+def test_a_snapshot_read_as_a_whole_costs_nothing_more():
+    table = filled(3)
+    _, taken = table.snapshot()
+    everything = dict(taken)
+    table.fill("age", table.select(np.arange(3)), 5)
+    assert taken._kept == []
+    assert all(taken[column] is not None for column in everything)
+
+
+@pytest.mark.parametrize("count", [0, 1, 7, FIRST_ROWS, MANY])
+def test_what_a_snapshot_holds_loads_as_it_was(count):
     table = filled(count)
     again = SeriesTable(COLUMNS, "cpu")
-    again.load(table.series, table.freeze())
+    again.load(*table.snapshot())
     assert again.series == table.series
     assert again.slot_of == table.slot_of
     assert all(torch.equal(whole(again, column.name), whole(table, column.name)) for column in COLUMNS)
 
 
-def test_chunks_of_any_length_load():
-    table = filled(50)
-    cut = {column.name: list(whole(table, column.name).split([1, 30, 19])) for column in COLUMNS}
+def test_pieces_of_any_length_load():
+    table = filled(MANY)
+    cut = {column.name: list(whole(table, column.name).split([1, 1030, 19, MANY - 1050])) for column in COLUMNS}
     again = SeriesTable(COLUMNS, "cpu")
-    again.load(table.series, cut)
+    again.load([name(i) for i in range(MANY)], cut)
     assert all(torch.equal(whole(again, column.name), whole(table, column.name)) for column in COLUMNS)
 
 
 def test_a_loaded_table_shares_nothing_with_what_it_was_loaded_from():
     table = filled(5)
-    frozen = table.freeze()
-    copy = frozen["carry"][0].clone()
+    series, taken = table.snapshot()
+    copy = taken["carry"][0].clone()
     again = SeriesTable(COLUMNS, "cpu")
-    again.load(table.series, frozen)
+    again.load(series, taken)
     again.fill("carry", again.select(np.arange(5)), 3)
-    assert torch.equal(frozen["carry"][0], copy)
+    assert torch.equal(taken["carry"][0], copy)
+
+
+def test_a_slot_that_became_free_is_blank_and_is_given_to_the_next_series():
+    table = filled(5)
+    table.remove(np.array([1, 3]))
+    assert len(table) == 3
+    assert name(3) not in table.slot_of
+    assert sorted(table.add(name(i)) for i in (10, 11, 12)) == [1, 3, 5]
+    again = table.select(np.array([1, 3]))
+    for column in COLUMNS:
+        assert table.gather(column.name, again).eq(column.fill).all()
+
+
+def test_a_snapshot_of_a_table_with_free_slots_holds_the_others_only():
+    table = filled(5)
+    carry = whole(table, "carry")
+    table.remove(np.array([1]))
+    series, taken = table.snapshot()
+    table.add(name(7))
+    everybody = {one: taken.take("carry", np.array([i]))[0].tolist() for i, one in enumerate(series)}
+    assert everybody == {name(i): carry[i].tolist() for i in (0, 2, 3, 4)}
+
+
+@pytest.mark.parametrize("count", [1, 5, 1200])
+def test_random_steps_between_random_reads_change_no_snapshot(count):
+    """Many rounds of: write, grow, remove, take a snapshot, read some rows of one, drop one."""
+    rng, torch_rng = np.random.default_rng(count), torch.Generator().manual_seed(count)
+    table, held, added, reads = filled(count), [], count, 0
+    for _ in range(400):
+        slots = np.array(sorted(table.slot_of.values()))
+        what = rng.integers(7)
+        some = rng.choice(slots, rng.integers(0, min(len(slots), 40) + 1), replace=False)
+        if what == 0 and len(held) < 4:
+            series, taken = table.snapshot()
+            order = [table.slot_of[one] for one in series]
+            now = {c.name: table.gather(c.name, table.select(np.array(order))) for c in COLUMNS}
+            held.append((taken, now, len(series)))
+        elif what == 1 and held:
+            taken, then, size = held[rng.integers(len(held))]
+            rows = rng.integers(0, size, rng.integers(1, 30))
+            for column, values in then.items():
+                assert torch.equal(taken.take(column, rows), values[torch.from_numpy(rows)])
+                reads += 1
+        elif what == 2 and held and rng.random() < 0.3:
+            del held[rng.integers(len(held))]
+        elif what == 3 and len(slots) > 2:
+            table.remove(some[:3])
+        elif what == 4:
+            for _ in range(rng.integers(1, 60)):
+                table.add(name(added))
+                added += 1
+        elif what == 5:
+            table.scatter_at(
+                "window",
+                table.select(some),
+                torch.from_numpy(rng.integers(0, 5, len(some))),
+                torch.randn(len(some), 2, generator=torch_rng),
+            )
+        else:
+            table.scatter("carry", table.select(some), torch.randn(len(some), 3, generator=torch_rng))
+            table.fill("age", table.select(some), int(rng.integers(1000)))
+    for taken, then, _ in held:
+        assert all(torch.equal(taken[column][0], values) for column, values in then.items())
+    assert reads > 100
+
+
+def test_a_reader_beside_the_writer_never_meets_a_row_that_was_half_written():
+    """For real, in two threads, over rows so wide that copies are interrupted."""
+    wide = [Column("a", (512,), torch.int64), Column("b", (512,), torch.int64, host=True)]
+    table, count = SeriesTable(wide, "cpu"), 3000
+    for i in range(count):
+        table.add(name(i))
+    everybody = table.select(np.arange(count))
+    stop, version = threading.Event(), 0
+    torn: list[str] = []
+
+    def read(taken, expected):
+        rng = np.random.default_rng(expected)
+        while not stop.is_set():
+            for column in ("a", "b"):
+                if not taken.take(column, rng.integers(0, count, 256)).eq(expected).all():
+                    torn.append(column)
+                    return
+
+    for _ in range(6):
+        for column in ("a", "b"):
+            table.fill(column, everybody, version)
+        _, taken = table.snapshot()
+        stop.clear()
+        reader = threading.Thread(target=read, args=(taken, version))
+        reader.start()
+        for i in range(30):
+            version += 1
+            some = table.select(np.arange(i * 100, i * 100 + 100))
+            for column in ("a", "b"):
+                table.scatter(column, some, torch.full((100, 512), version))
+        stop.set()
+        reader.join()
+    assert torn == []
 
 
 @pytest.mark.parametrize(
@@ -220,7 +328,7 @@ def test_a_loaded_table_shares_nothing_with_what_it_was_loaded_from():
     ],
 )
 def test_columns_that_do_not_fit_are_refused_by_name(spoil, named):
-    columns = filled(4).freeze()
+    columns = dict(filled(4).snapshot()[1])
     spoil(columns)
     with pytest.raises(ValueError, match=named):
         SeriesTable(COLUMNS, "cpu").load([name(i) for i in range(4)], columns)
@@ -230,5 +338,5 @@ def test_those_above_a_bound_are_counted_over_all_chunks_and_no_further():
     table = table_of(MANY)
     table.scatter("age", table.select(np.arange(MANY)), torch.arange(MANY))
     assert table.count_above("age", -1) == MANY
-    assert table.count_above("age", CHUNK_ROWS) == MANY - CHUNK_ROWS - 1
+    assert table.count_above("age", FIRST_ROWS) == MANY - FIRST_ROWS - 1
     assert table.count_above("age", MANY) == 0
