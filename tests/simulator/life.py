@@ -121,7 +121,7 @@ class MovedWriter(BackgroundWriter):
 
 
 class Life(Process):
-    """A process under its weather. :attr:`announced` is the newest checkpoint that it believes durable."""
+    """A process under its weather. What it announced is durable, and the ids it drew tell whose records are whose."""
 
     def __init__(self, world: World, weather: Weather, sizes: tuple[int, ...] = (7,)) -> None:
         disk = SimulatedDisk(world.kernel, weather)
@@ -129,6 +129,7 @@ class Life(Process):
             world.input, world.directory, weather, pace=world.pace, keep=world.keep, sizes=sizes, disk=disk
         )
         self.weather, self.outside = weather, world
+        self.made: set[str] = set()
         self.stop = PatientStop(self.clock.advance)
         self.source = SimulatedSource(world.input, weather, self.clock, sizes, at_end=self.stop.request)
         self.publisher = SimulatedPublisher(CONFIG, world.output, weather)
@@ -146,6 +147,7 @@ class Life(Process):
 
     def _new_id(self) -> str:
         self.outside.ids += 1
+        self.made.add(f"{self.outside.ids:016x}")
         return f"{self.outside.ids:016x}"
 
     def writer(self) -> BackgroundWriter:

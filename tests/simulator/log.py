@@ -340,10 +340,5 @@ class SimulatedPublisher(KafkaPublisher):
         self._producer = producer
 
     @property
-    def epoch(self) -> int:
-        """Of the newest session, or -1."""
-        return self.producers[-1].epoch if self.producers else -1
-
-    @property
     def believed(self) -> int:
         return sum(producer.believed for producer in self.producers)

@@ -29,7 +29,7 @@ from streamlstm.errors import (
 )
 from streamlstm.records.batch import Cut
 from streamlstm.recovery.checkpoint import CheckpointStore
-from streamlstm.recovery.progress import Chain, read_chain
+from streamlstm.recovery.progress import Chain, Incarnation, decode_record, read_chain
 from streamlstm.transport.interfaces import ProgressEntry
 
 BROKER_TROUBLE = ("away", "init", "refused", "send", "flush", "timed out", "commit", "prepared", "reply")
@@ -133,7 +133,7 @@ class Simulation:
         kernel, announced = self.world.kernel, self.announced
         life.live()
         self.ended(life, superseded=self.world.kernel is not kernel)
-        if life.ready is not None and life.publisher.epoch == self.world.output.epoch:
+        if self.newest_incarnation() in life.made:
             # Nobody took over, or nobody who lived to be the last one to do so.
             self.world.kernel, self.announced = kernel, announced
         if self.world.kernel is kernel:
@@ -272,6 +272,16 @@ class Simulation:
         """Of all that was ever committed, trimmed or not. Reading it checks that steps are contiguous."""
         stored = self.world.output.committed(CONFIG.progress_topic)
         return read_chain([ProgressEntry(s.offset, s.value) for s in stored], SETTINGS_NAME)
+
+    def newest_incarnation(self) -> str:
+        """The id of whoever took over last, as far as it is decided, seen or not."""
+        stored = self.world.output.topics.get(CONFIG.progress_topic, ())
+        records = [
+            decode_record(ProgressEntry(s.offset, s.value))
+            for s in stored
+            if s.made_in.state in {"prepared", "committed"}
+        ]
+        return next((record.id for record in reversed(records) if isinstance(record, Incarnation)), "")
 
     def consumed(self, chain: Chain) -> dict[tuple[str, int], int]:
         return {place: chain.positions.get(place, 0) for place in self.world.input.ends()}
