@@ -33,7 +33,8 @@ def random_batch(seed: int, count: int, series: int, kind: str) -> RecordBatch:
     ``count`` records of ``series`` series in one partition.
 
     ``kind`` is how they take turns: ``lockstep``, ``runs``, ``skewed`` or ``mixed``. Some come late or twice, some have
-    no value, some jump, some leave a gap, some lie in the future, and some offsets were rejected by decoding.
+    no value, some jump, some leave a gap, some lie in the future, some offsets were rejected by decoding, and some hold
+    tombstones that reset a series.
     """
     rng = np.random.default_rng(seed)
     if kind == "lockstep":
@@ -58,7 +59,8 @@ def random_batch(seed: int, count: int, series: int, kind: str) -> RecordBatch:
     broker = time * SECOND
     broker[rng.random(count) < 0.02] -= 2 * 86_400 * SECOND
     lost = rng.random(count) < 0.03
-    return batch_of(code, time * SECOND, target, broker, np.arange(count), lost)
+    gone = ~lost & (rng.random(count) < 0.03)
+    return batch_of(code, time * SECOND, target, broker, np.arange(count), lost, gone)
 
 
 def batch_of(
@@ -68,21 +70,26 @@ def batch_of(
     broker_ns: NDArray[Any] | None = None,
     offset: NDArray[Any] | None = None,
     lost: NDArray[np.bool_] | None = None,
+    gone: NDArray[np.bool_] | None = None,
 ) -> RecordBatch:
-    """One record per offset of one partition; those ``lost`` were rejected by decoding."""
+    """One record per offset of one partition; ``lost`` were rejected by decoding, ``gone`` are tombstones."""
     count = len(code)
     offset = np.arange(count) if offset is None else offset
     lost = np.zeros(count, np.bool_) if lost is None else lost
+    gone = np.zeros(count, np.bool_) if gone is None else gone
     broker_ns = np.full(count, -1) if broker_ns is None else broker_ns
-    kept = np.flatnonzero(~lost)
+    kept = np.flatnonzero(~lost & ~gone)
     names, first, inverse = np.unique(code[kept], return_index=True, return_inverse=True)
     order = np.argsort(first)
     rank = np.empty_like(order)
     rank[order] = np.arange(len(order))
     start, end = (int(offset[0]), int(offset[-1]) + 1) if count else (0, 0)
+    series = [SeriesId("in", 0, f"s{names[q]}") for q in order]
+    resets = [SeriesId("in", 0, f"s{code[at]}") for at in np.flatnonzero(gone)]
+    series = list(dict.fromkeys((*series, *resets)))
     return RecordBatch(
         cut=(Range("in", 0, start, end),),
-        series=tuple(SeriesId("in", 0, f"s{names[q]}") for q in order),
+        series=tuple(series),
         code=rank[inverse].astype(np.int32),
         range_index=np.zeros(len(kept), np.int32),
         offset=offset[kept].astype(np.int64),
@@ -91,17 +98,33 @@ def batch_of(
         broker_ns=broker_ns[kept].astype(np.int64),
         target=target[kept].astype(np.float64),
         rejected=tuple(Rejected("in", 0, int(at), 0, "decode", "", "not JSON") for at in offset[lost]),
+        skipped=int(gone.sum()),
+        reset_at=np.searchsorted(kept, np.flatnonzero(gone)).astype(np.int32),
+        reset_code=np.array([series.index(one) for one in resets], np.int32),
     )
 
 
 def part(batch: RecordBatch, start: int, end: int) -> RecordBatch:
     """The records at offsets ``start … end - 1`` of a one-partition batch, as their own cut."""
-    here = np.flatnonzero((batch.offset >= start) & (batch.offset < end))
-    code, first = batch.code[here], dict[int, int]()
-    for q in code.tolist():
-        first.setdefault(q, len(first))
+    # Of a tombstone only its place among the records is known; anywhere between them is as good.
+    after = np.r_[batch.cut[0].start - 1, batch.offset][batch.reset_at] + 1
+    rejected = tuple(r for r in batch.rejected if start <= r.offset < end)
+    here = (batch.offset >= start) & (batch.offset < end)
+    return chosen(batch, here, (after >= start) & (after < end), Range("in", 0, start, end), rejected)
+
+
+def chosen(
+    batch: RecordBatch,
+    records: NDArray[np.bool_],
+    resets: NDArray[np.bool_],
+    cut: Range,
+    rejected: tuple[Rejected, ...] = (),
+) -> RecordBatch:
+    """Some of a batch's records and tombstones."""
+    here, code, reset_code = np.flatnonzero(records), batch.code[records], batch.reset_code[resets]
+    first = {q: i for i, q in enumerate(dict.fromkeys((*code.tolist(), *reset_code.tolist())))}
     return RecordBatch(
-        cut=(Range("in", 0, start, end),),
+        cut=(cut,),
         series=tuple(batch.series[q] for q in first),
         code=np.array([first[q] for q in code.tolist()], np.int32),
         range_index=np.zeros(len(here), np.int32),
@@ -110,7 +133,10 @@ def part(batch: RecordBatch, start: int, end: int) -> RecordBatch:
         time_ns=batch.time_ns[here],
         broker_ns=batch.broker_ns[here],
         target=batch.target[here],
-        rejected=tuple(r for r in batch.rejected if start <= r.offset < end),
+        rejected=rejected,
+        skipped=int(resets.sum()),
+        reset_at=np.r_[0, np.cumsum(records)][batch.reset_at[resets]].astype(np.int32),
+        reset_code=np.array([first[q] for q in reset_code.tolist()], np.int32),
     )
 
 

@@ -142,15 +142,22 @@ def _pace(config: Config) -> Pace:
 
 
 def _warned(decoder: Decoder, log: Log) -> Callable[[Messages], RecordBatch]:
-    """Decode, and say once that times without a zone were taken as UTC."""
-    told = False
+    """Decode, and say once of each kind what an operator may not expect."""
+    told: set[str] = set()
+
+    def tell(what: str) -> None:
+        if what not in told:
+            told.add(what)
+            log.warning(what)
 
     def decode(messages: Messages) -> RecordBatch:
-        nonlocal told
         batch = decoder.decode(messages)
-        if decoder.naive_times and not told:
-            told = True
-            log.warning("decode.timestamp: times without a zone are taken as UTC")
+        if decoder.naive_times:
+            tell("decode.timestamp: times without a zone are taken as UTC")
+        if len(batch.reset_at):
+            tell("decode.tombstone: messages without a value start the series of their key anew")
+        elif batch.skipped:
+            tell("decode.tombstone: messages without a value are passed over")
         return batch
 
     return decode

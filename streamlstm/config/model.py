@@ -383,6 +383,9 @@ class Decode(Section):
     max_key_bytes: KeySize = key("1KiB", "identity")
     """Longest key of a series (its `series_id`, joined), 16 bytes to 64KiB; a record with a longer one is a
     dead letter."""
+    tombstone: Literal["ignore", "reset", "dead_letter"] = key("ignore", "identity")
+    """What a message without a value means: nothing, that the series named by its key start anew, or a fault.
+    It is counted as skipped, or as a dead letter."""
     max_rows: int = key(10_000, "identity", ge=1, le=1_000_000)
     """Most records in one message (observations × targets); a message of more is one dead letter as a whole."""
 
@@ -701,6 +704,7 @@ def _decode_conflicts(source: Source, decode: Decode) -> Iterator[Conflict]:
     if decode.csv.decimal == decode.csv.delimiter:
         fix = "write another character than decode.csv.delimiter"
         yield Conflict("decode.csv.decimal", fix, ("decode.csv.decimal", "decode.csv.delimiter"))
+    yield from _tombstone_conflicts(decode)
     if isinstance(decode.target, dict) and len(decode.target) > decode.max_rows:
         fix = f"write at least {len(decode.target)}: a message has one record for each of decode.target"
         yield Conflict("decode.max_rows", fix, ("decode.max_rows", "decode.target"))
@@ -726,6 +730,19 @@ def _delivery_conflicts(config: Config) -> Iterator[Conflict]:
     if "://" in config.checkpoint.url:
         fix = "write exactly_once, or a local directory as checkpoint.url: the journal must be on this machine's disk"
         yield Conflict("sink.delivery", fix, ("sink.delivery", "checkpoint.url"))
+
+
+def _tombstone_conflicts(decode: Decode) -> Iterator[Conflict]:
+    if decode.tombstone != "reset":
+        return
+    involves = ("decode.tombstone", "decode.series_id", "decode.target")
+    inside = [part for part in decode.series_id if part.startswith(("$", "@.", "@["))]
+    if inside:
+        fix = f"write ignore or dead_letter: a tombstone has no {inside[0]} to say which series is meant"
+        yield Conflict("decode.tombstone", fix, involves)
+    elif isinstance(decode.target, str) and decode.target.endswith(".*"):
+        fix = "write ignore or dead_letter, or name the targets: a tombstone does not say which fields there were"
+        yield Conflict("decode.tombstone", fix, involves)
 
 
 def _topic_conflicts(config: Config) -> Iterator[Conflict]:

@@ -170,7 +170,11 @@ class Engine:
         self._fresh += len(work)
         self._warming += admitted.warming_change
         self.step_number += 1
-        return self._report(work, tuple(updates), {"gap": admitted.gap_resets, "non_finite": zeroed})
+        return self._report(work, tuple(updates), self._resets(admitted, zeroed))
+
+    @staticmethod
+    def _resets(admitted: Admitted, zeroed: int) -> dict[str, int]:
+        return {"gap": admitted.gap_resets, "control": admitted.control_resets, "non_finite": zeroed}
 
     def state(self) -> EngineState:
         """A snapshot: immutable, and free but for names; while it is held, a step puts aside what it overwrites."""

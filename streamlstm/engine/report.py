@@ -85,7 +85,8 @@ class StepReport:
     ``rejected`` holds what is to be a dead letter, by cut order: decoding's rejections and the engine's own
     (``future``, ``late`` by policy). ``outcome_N`` covers the batch's records; each decoding rejection is one more
     record, which ended as ``undecoded``: ``DEAD``, or ``SKIPPED`` by policy and then not in ``rejected``.
-    ``resets`` counts carries that started from zero, by reason (``gap``, ``non_finite``).
+    ``resets`` counts carries that start from zero, by reason: after a ``gap``, after a tombstone (``control``), or
+    because they were ``non_finite``.
     ``series_total`` and ``series_warming`` are states after the step.
     """
 
@@ -104,7 +105,8 @@ class StepReport:
         """Records by outcome; they add up to all records of the cut."""
         per = np.bincount(self.outcome_N, minlength=len(Outcome))
         counts = {outcome: int(per[outcome]) for outcome in Outcome}
-        counts[self.undecoded] += len(self.batch.rejected)
+        counts[self.undecoded] += sum(r.records for r in self.batch.rejected)
+        counts[Outcome.SKIPPED] += self.batch.skipped
         return counts
 
     def digest(self) -> bytes:

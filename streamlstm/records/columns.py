@@ -130,7 +130,7 @@ class Assembler:
     def assemble(self, messages: Messages, rows: Rows) -> RecordBatch:
         """The records of these rows, and what had to be rejected, both in the cut's order."""
         self._forget()
-        parts, faults_O = self._parts(messages, rows)
+        parts, faults_O = self._parts(messages, rows.message_O, rows.parts)
         base_O = self._number(parts, len(rows.message_O), faults_O)
         faults_R = {**dict.fromkeys(self._long_names(rows, base_O), self._too_long), **rows.faults}
         time_O = self._times(messages, rows, faults_O)
@@ -140,11 +140,16 @@ class Assembler:
             sound_O[list(faults_O)] = False
             picked_R &= sound_O[rows.observation_R]
         picked_R[list(faults_R)] = False
-        dead = [*rows.dead, *_dead_rows(rows, faults_O, faults_R, np.flatnonzero(~picked_R))]
+        tombstones = self._tombstones(messages)
+        resets, unnamed = self._resets(messages, tombstones)
+        dead = [*rows.dead, *_dead_rows(rows, faults_O, faults_R, np.flatnonzero(~picked_R)), *unnamed]
         observation_N = rows.observation_R[picked_R]
         message_N = rows.message_O[observation_N]
         range_N = messages.range_index[message_N]
         series, code = self._code(messages, rows.names, base_O[observation_N], range_N, rows.name_R[picked_R])
+        if resets:
+            series = tuple(dict.fromkeys((*series, *(one for _, one in resets))))
+        code_of = {one: q for q, one in enumerate(series)} if resets else {}
         return RecordBatch(
             cut=messages.cut,
             series=series,
@@ -156,17 +161,43 @@ class Assembler:
             broker_ns=messages.broker_ns[message_N],
             target=rows.target_R[picked_R],
             rejected=_rejected(messages, dead),
+            skipped=len(tombstones) - len(unnamed),
+            reset_at=np.searchsorted(message_N, [m for m, _ in resets]).astype(np.int32),
+            reset_code=np.array([code_of[one] for _, one in resets], np.int32),
         )
 
-    def _parts(self, messages: Messages, rows: Rows) -> tuple[list[list[str]], dict[int, Fault]]:
+    def _tombstones(self, messages: Messages) -> list[int]:
+        """The messages without a value, where that is no fault."""
+        if self._plan.tombstone == "dead_letter" or None not in messages.value:
+            return []
+        return [m for m, value in enumerate(messages.value) if value is None and m not in messages.unread]
+
+    def _resets(self, messages: Messages, tombstones: list[int]) -> tuple[list[tuple[int, SeriesId]], list[Dead]]:
+        """Which series these tombstones reset, in their order, and those that name none."""
+        if self._plan.tombstone != "reset" or not tombstones:
+            return [], []
+        message_O = np.array(tombstones, np.int64)
+        parts, faults = self._parts(messages, message_O, ())
+        bases = self._number(parts, len(tombstones), faults).tolist()
+        names = [target.field for target in self._plan.targets] if FIELD in self._plan.parts else [""]
+        resets: list[tuple[int, SeriesId]] = []
+        for o, m in enumerate(tombstones):
+            if o not in faults:
+                where = messages.cut[int(messages.range_index[m])]
+                resets += [(m, self._series_id((where.topic, where.partition), bases[o], name)) for name in names]
+        return resets, [Dead(tombstones[o], 0, fault) for o, fault in faults.items()]
+
+    def _parts(
+        self, messages: Messages, message_O: I64, fields: Sequence[Sequence[Raw]]
+    ) -> tuple[list[list[str]], dict[int, Fault]]:
         """The parts of each observation's series id as text, ``@field`` left out, and where one is missing."""
         columns: list[list[str]] = []
         faults: dict[int, Fault] = {}
-        found = iter(rows.parts)
+        found = iter(fields)
         for part in self._plan.parts:
             if part == FIELD:
                 continue
-            raw = next(found) if isinstance(part, Path) else _beside(part, messages, rows.message_O)
+            raw = next(found) if isinstance(part, Path) else _beside(part, messages, message_O)
             columns.append(_texts(raw, part.text, faults))
         return columns, faults
 
@@ -342,5 +373,6 @@ def _rejected(messages: Messages, dead: list[Dead]) -> tuple[Rejected, ...]:
     for message, row, (reason, path, why) in sorted(dead, key=lambda one: (one.message, one.row)):
         topic, partition, _, _ = messages.cut[int(messages.range_index[message])]
         offset = int(messages.offset[message])
-        rejected.append(Rejected(topic, partition, offset, row, reason, path[:LONGEST_PATH], why))
+        records = messages.unread[message].records if message in messages.unread else 1
+        rejected.append(Rejected(topic, partition, offset, row, reason, path[:LONGEST_PATH], why, records))
     return tuple(rejected)

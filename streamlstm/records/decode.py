@@ -6,16 +6,20 @@ cut, or came before it, changes nothing. What cannot be used is a :class:`~strea
 with one of these reasons:
 
 ============== ===============================================================================
-``decode``     not JSON, not CSV, not UTF-8, nested too deep, or no value at all (a tombstone)
+``decode``     not JSON, not CSV, not UTF-8, nested too deep, or no value at all where
+               ``decode.tombstone`` says that this is a fault
 ``schema``     of the wrong shape or type: text for a number, an object for a name, a time that is none
 ``mapping``    something that must be there is not: a part of the series id, the time, any target at all
 ``non_finite`` a target that is infinite, or overflows a float32
 ``oversize``   longer than ``decode.max_bytes``, more rows than ``decode.max_rows``, or a series whose key is
                longer than ``decode.max_key_bytes``
+``codec``      a batch of records that cannot be unpacked, or to more than ``decode.max_batch_bytes``
 ============== ===============================================================================
 
 Rows of a message are numbered from 0: observations in their order, and within one its targets in theirs. Each bad
 row is rejected by itself; a message that gives no row at all is one rejected record, row 0.
+
+A message without a value is a tombstone: no record, but passed over, or a reset of the series its key names.
 """
 
 from collections.abc import Sequence

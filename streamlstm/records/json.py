@@ -40,7 +40,7 @@ class JsonReader:
 
     def read(self, messages: Messages) -> Rows:
         """The rows of these messages. Nothing that a message may hold makes it raise."""
-        dead = list(_unreadable(messages.value, self._plan.max_bytes))
+        dead = list(_unreadable(messages, self._plan))
         gone = {one.message for one in dead}
         readable = [(m, value) for m, value in enumerate(messages.value) if value is not None and m not in gone]
         if self._typed is None:
@@ -119,12 +119,17 @@ def _escaped(code: np.ndarray[Any, np.dtype[np.uint8]]) -> np.ndarray[Any, np.dt
     return before % 2 == 1
 
 
-def _unreadable(values: Sequence[bytes | None], max_bytes: int) -> Iterator[Dead]:
-    """The messages that are not even parsed."""
+def _unreadable(messages: Messages, plan: Plan) -> Iterator[Dead]:
+    """The messages that should be parsed and cannot be."""
+    max_bytes = plan.max_bytes
     look_closer = min(max_bytes, DEEPEST)
-    for m, value in enumerate(values):
+    for m, value in enumerate(messages.value):
         if value is None:
-            yield Dead(m, 0, Fault("decode", "", "null value"))
+            if (unread := messages.unread.get(m)) is not None:
+                what = f"offsets {unread.first} to {unread.last} ({unread.records} records)"
+                yield Dead(m, 0, Fault("codec", "", f"{what}: {unread.why}"))
+            elif plan.tombstone == "dead_letter":
+                yield Dead(m, 0, Fault("decode", "", "null value"))
         elif len(value) > look_closer:
             if len(value) > max_bytes:
                 yield Dead(m, 0, Fault("oversize", "", f"longer than {max_bytes} bytes"))

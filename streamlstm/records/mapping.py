@@ -127,6 +127,7 @@ class Plan:
     max_bytes: int
     max_key_bytes: int
     max_rows: int
+    tombstone: Literal["ignore", "reset", "dead_letter"]
 
     @property
     def fields(self) -> tuple[Path, ...]:
@@ -235,6 +236,7 @@ class _Compiler:
             max_bytes=decode.max_bytes,
             max_key_bytes=decode.max_key_bytes,
             max_rows=decode.max_rows,
+            tombstone=decode.tombstone,
         )
 
     def _explode(self, text: str | None) -> Path | None:

@@ -13,7 +13,7 @@ from streamlstm.records.batch import Messages, Range
 
 
 def drop_excluded(messages: Messages, excluded: Sequence[Range]) -> tuple[Messages, int]:
-    """The messages outside the excluded ranges, their cut unchanged, and how many were inside."""
+    """The messages outside the excluded ranges, their cut unchanged, and how many records were inside."""
     keep = np.ones(len(messages), np.bool_)
     for i, r in enumerate(messages.cut):
         for x in excluded:
@@ -23,6 +23,8 @@ def drop_excluded(messages: Messages, excluded: Sequence[Range]) -> tuple[Messag
     if keep.all():
         return messages, 0
     kept = np.flatnonzero(keep)
+    new = {m: i for i, m in enumerate(kept.tolist())}
+    batches = sum(unread.records - 1 for m, unread in messages.unread.items() if m not in new)
     rest = replace(
         messages,
         range_index=messages.range_index[kept],
@@ -31,8 +33,9 @@ def drop_excluded(messages: Messages, excluded: Sequence[Range]) -> tuple[Messag
         key=[messages.key[i] for i in kept],
         value=[messages.value[i] for i in kept],
         headers=None if messages.headers is None else [messages.headers[i] for i in kept],
+        unread={new[m]: unread for m, unread in messages.unread.items() if m in new},
     )
-    return rest, len(messages) - len(kept)
+    return rest, len(messages) - len(kept) + batches
 
 
 def merge_ranges(ranges: Iterable[Range]) -> tuple[Range, ...]:

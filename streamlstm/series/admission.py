@@ -73,8 +73,9 @@ class Admitted:
     """
     N verdicts, and the M fresh records in the batch's order.
 
-    ``clock_M`` is n, ``age_M`` is m. ``restart_M`` marks a record whose carry starts from zero: a new series, or one
-    that returns after ``gap_reset`` (``gap_resets`` counts only those). ``interval_ns_M`` is 0 while it is not known.
+    ``clock_M`` is n, ``age_M`` is m. ``restart_M`` marks a record whose carry starts from zero: a new series, one
+    that returns after ``gap_reset`` (``gap_resets`` of them), or after a tombstone (``control_resets`` series were told
+    to). ``interval_ns_M`` is 0 while it is not known.
     ``warming_change`` is how many more series are warming than before.
     """
 
@@ -86,6 +87,7 @@ class Admitted:
     interval_ns_M: I64
     restart_M: NDArray[np.bool_]
     gap_resets: int
+    control_resets: int
     warming_change: int
 
 
@@ -93,7 +95,8 @@ def clock_columns(k2: int) -> list[Column]:
     """
     What a series' clock is made of: a ring of the times of its last k2 records, by m mod k2, among others.
 
-    A series has an age from its first record on: age 0 says that none was seen, and that the rest means nothing.
+    A series has a clock from its first record on: clock 0 says that none was seen, and that the rest means nothing.
+    Age 0 on a running clock says that its next record starts anew.
     """
     return [
         Column("time_ns", (), torch.int64, host=True),
@@ -106,7 +109,7 @@ def clock_columns(k2: int) -> list[Column]:
     ]
 
 
-def admit(  # noqa: C901, PLR0915, because it is one pass over the log, and its state is its locals
+def admit(  # noqa: C901, PLR0912, PLR0915, because it is one pass over the log, and its state is its locals
     table: SeriesTable, rules: Rules, batch: RecordBatch
 ) -> Admitted:
     """
@@ -115,7 +118,8 @@ def admit(  # noqa: C901, PLR0915, because it is one pass over the log, and its 
     A timestamp more than ``max_ahead`` past the broker's is refused before its series is looked at, or one bad record
     would block the series for a year. A duplicate is a timestamp still in the retained window; anything else not after
     the newest is late. ``n`` advances by max(1, round(Δt / interval)), half up; a gap longer than ``gap_reset``
-    restarts the age and forgets window and interval, and counts as one interval.
+    restarts the age and forgets window and interval, and counts as one interval. So does the first record after a
+    tombstone of its series; a series that was never seen, or is to start anew already, has nothing to reset.
     """
     slots = [table.slot_of.get(series, -1) for series in batch.series]
     known_Q = np.array([slot >= 0 for slot in slots], np.bool_)
@@ -129,7 +133,7 @@ def admit(  # noqa: C901, PLR0915, because it is one pass over the log, and its 
     gaps, recent = load("gaps_ns"), load("recent_ns")
     time, n, m = load("time_ns").tolist(), load("clock").tolist(), load("age").tolist()
     interval, gap_count = load("interval_ns").tolist(), load("gap_count").tolist()
-    warming = _warming(m, rules.warm_age)
+    warming = _warming(n, m, rules.warm_age)
 
     verdicts = bytearray(len(batch))
     fresh: list[int] = []
@@ -138,18 +142,30 @@ def admit(  # noqa: C901, PLR0915, because it is one pass over the log, and its 
     fresh_m: list[int] = []
     fresh_interval: list[int] = []
     restarts: list[bool] = []
-    resets = 0
+    resets = controls = 0
     k2, max_ahead, gap_reset, learn = rules.k2, rules.max_ahead, rules.gap_reset, rules.learn_interval
 
+    def reset(until: int) -> None:
+        """Whatever tombstones stand before record ``until``."""
+        nonlocal pending, controls
+        while pending < len(reset_at) and reset_at[pending] <= until:
+            q = reset_code[pending]
+            controls += m[q] > 0
+            m[q] = 0
+            pending += 1
+
+    reset_at, reset_code, pending = batch.reset_at.tolist(), batch.reset_code.tolist(), 0
     gap = 0
     for i, (q, t, broker) in enumerate(
         zip(batch.code.tolist(), batch.time_ns.tolist(), batch.broker_ns.tolist(), strict=True)
     ):
+        if pending < len(reset_at):
+            reset(i)
         if broker >= 0 and t > broker + max_ahead:
             verdicts[i] = Verdict.FUTURE
             continue
         newest = time[q]
-        if not m[q]:
+        if not n[q]:
             if slots[q] < 0:
                 if len(table) >= rules.max_series:
                     verdicts[i] = Verdict.SKIPPED
@@ -164,9 +180,10 @@ def admit(  # noqa: C901, PLR0915, because it is one pass over the log, and its 
                 verdicts[i] = Verdict.DUPLICATE if (retained == t).any() else Verdict.LATE
                 continue
             gap = min(t - newest, _LONGEST_GAP)
-            restart = gap_reset is not None and gap > gap_reset
+            silent = gap_reset is not None and gap > gap_reset
+            restart = silent or not m[q]
             if restart:
-                resets += 1
+                resets += bool(m[q])
                 interval[q], gap_count[q] = rules.fixed_interval, 0
                 gaps[q] = 0
                 n[q] += 1
@@ -188,6 +205,7 @@ def admit(  # noqa: C901, PLR0915, because it is one pass over the log, and its 
         fresh_n.append(n[q])
         fresh_m.append(m[q])
         restarts.append(restart)
+    reset(len(batch))
 
     slot_Q = np.array(slots, np.int64)
     known_Q = slot_Q >= 0
@@ -211,10 +229,11 @@ def admit(  # noqa: C901, PLR0915, because it is one pass over the log, and its 
         interval_ns_M=np.array(fresh_interval, np.int64),
         restart_M=np.array(restarts, np.bool_),
         gap_resets=resets,
-        warming_change=_warming(m, rules.warm_age) - warming,
+        control_resets=controls,
+        warming_change=_warming(n, m, rules.warm_age) - warming,
     )
 
 
-def _warming(ages: list[int], warm_age: int) -> int:
+def _warming(clocks: list[int], ages: list[int], warm_age: int) -> int:
     """How many of these series have begun and are not warm yet."""
-    return sum(0 < age < warm_age for age in ages)
+    return sum(clock > 0 and age < warm_age for clock, age in zip(clocks, ages, strict=True))

@@ -300,7 +300,7 @@ class Daemon:
         if not self._open.reports:
             self._open.opened_s = stepped_s
         self._open.add(report, *encode_outputs(self._encode, report, messages), excluded)
-        self._schedule.consumed(len(batch) + len(batch.rejected) + excluded)
+        self._schedule.consumed(batch.consumed + excluded)
         timings = StepTimings(polled_s - began_s, decoded_s - polled_s, stepped_s - decoded_s)
         self._observer.observe_step(report, timings, _bytes_by_topic(messages))
 

@@ -11,7 +11,6 @@ a process exports a few hundred series.
 import math
 import platform
 import sys
-from collections import Counter as Tally
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from typing import Any, Literal, NamedTuple
@@ -78,7 +77,7 @@ def _families(topics: Sequence[str] | None, horizons: Sequence[str] | None) -> t
             "state_resets_total",
             "counter",
             "Carries that started again from zero.",
-            {"reason": ("gap", "non_finite")},
+            {"reason": ("gap", "control", "non_finite")},
         ),
         Family("source_lag_records", "gauge", "Records between the position and the end of the partition.", place),
         Family(
@@ -231,7 +230,7 @@ class Metrics:
     def observe_step(self, report: StepReport, timings: StepTimings, received_bytes: Mapping[str, int]) -> None:
         """See :meth:`~streamlstm.service.observer.Observer.observe_step`."""
         of = self._of
-        of["cut_records"].observe(len(report.batch) + len(report.batch.rejected))
+        of["cut_records"].observe(report.batch.consumed)
         for stage, duration_s in (("poll", timings.poll_s), ("decode", timings.decode_s), ("engine", timings.engine_s)):
             of["step_duration_seconds"].labels(stage).observe(duration_s)
         for topic, size in received_bytes.items():
@@ -262,8 +261,8 @@ class Metrics:
         for report in committed.reports:
             for outcome, count in report.counts().items():
                 of["records_total"].labels(outcome.name.lower()).inc(count)
-            for reason, count in Tally(r.reason for r in report.rejected).items():
-                of["dead_letters_total"].labels(reason).inc(count)
+            for rejected in report.rejected:
+                of["dead_letters_total"].labels(rejected.reason).inc(rejected.records)
             stamps = report.batch.broker_ns[report.batch.broker_ns >= 0]
             oldest_ns = min(oldest_ns, int(stamps.min())) if stamps.size else oldest_ns
         if math.isfinite(oldest_ns):

@@ -84,7 +84,8 @@ class Summary:
         self.steps += 1
         for outcome, count in report.counts().items():
             self.records[outcome] += count
-        self.rejected.update(r.reason for r in report.rejected)
+        for rejected in report.rejected:
+            self.rejected[rejected.reason] += rejected.records
         if self.first_rejected is None and report.rejected:
             self.first_rejected = report.rejected[0]
         skipped = sum(u.skipped for u in report.updates)

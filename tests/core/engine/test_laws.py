@@ -91,7 +91,7 @@ def hold_to_the_law(scenario):
 
 def test_the_scenarios_reach_every_rule_and_the_guard():
     """The law above would be empty if its streams never fired rule C, never skipped and never rolled back."""
-    rules, skipped, rolled_back, outcomes, resets = set(), 0, 0, set(), 0
+    rules, skipped, rolled_back, outcomes, resets = set(), 0, 0, set(), set()
     for seed in range(40):
         waits = [1, 10, 40, 5000]
         config = streams.small_config(training={"max_wait": waits[seed % 4], "guard": {"patience": 2}})
@@ -103,12 +103,12 @@ def test_the_scenarios_reach_every_rule_and_the_guard():
             skipped += sum(update.skipped for update in report.updates)
             rolled_back += sum(update.rolled_back for update in report.updates)
             outcomes |= {outcome for outcome, n in report.counts().items() if n}
-            resets += report.resets["gap"]
+            resets |= {reason for reason, n in report.resets.items() if n}
     assert rules == {"A", "B", "C", "D"}
     assert skipped
     assert rolled_back
-    assert outcomes >= set(Outcome) - {Outcome.SKIPPED}
-    assert resets
+    assert outcomes == set(Outcome)
+    assert resets >= {"gap", "control"}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -187,11 +187,19 @@ def test_the_warming_are_counted_as_their_ages_say():
     batch = streams.random_batch(11, 300, 9, "mixed")
     _, reports = streams.run(config, batch, [0, 1, 50, 51, 180, 300], frozenset({1, 3}))
     assert any(report.resets["gap"] for report in reports)
+    assert any(report.resets["control"] for report in reports)
     ages = {}
     for report in reports:
         f = report.forecasts
-        for record, age in zip(f.record_M.tolist(), f.age_M.tolist(), strict=True):
-            ages[report.batch.series[report.batch.code[record]]] = age
+        resets = zip(report.batch.reset_at.tolist(), report.batch.reset_code.tolist(), strict=True)
+        told = {
+            at: [report.batch.series[q] for _, q in group] for at, group in itertools.groupby(resets, lambda r: r[0])
+        }
+        age_of = dict(zip(f.record_M.tolist(), f.age_M.tolist(), strict=True))
+        for record in range(len(report.batch) + 1):
+            ages |= {one: 0 for one in told.get(record, ()) if one in ages}
+            if record in age_of:
+                ages[report.batch.series[report.batch.code[record]]] = age_of[record]
         assert report.series_total == len(ages)
         assert report.series_warming == sum(age < 10 for age in ages.values())
 
@@ -229,15 +237,8 @@ def forecasts_of(reports, series):
 
 def only(batch, series):
     """The records of the named series, as a batch of their own."""
-    keep = np.array([batch.series[q].key in series for q in batch.code.tolist()])
-    names = [batch.series[q].key for q in batch.code[keep].tolist()]
-    return streams.batch_of(
-        np.array([int(name[1:]) for name in names]),
-        batch.time_ns[keep],
-        batch.target[keep],
-        batch.broker_ns[keep],
-        batch.offset[keep],
-    )
+    kept = np.array([one.key in series for one in batch.series])
+    return streams.chosen(batch, kept[batch.code], kept[batch.reset_code], batch.cut[0])
 
 
 def test_tile_neighbours_change_no_forecast_bit():
@@ -338,6 +339,7 @@ def test_what_is_skipped_by_policy_is_counted_as_skipped_and_is_no_dead_letter()
         decode = {"series_id": ["$.id"], "timestamp": {"path": "$.t"}, "target": "$.y", "on_error": policy}
         reports[policy] = Engine.create(streams.small_config(decode=decode), "cpu").step(batch)
     kept, skipped = (reports[policy].counts() for policy in ("dead_letter", "skip"))
-    assert (skipped[Outcome.SKIPPED], skipped[Outcome.DEAD]) == (lost, kept[Outcome.DEAD] - lost)
+    assert (skipped[Outcome.SKIPPED], skipped[Outcome.DEAD]) == (lost + batch.skipped, kept[Outcome.DEAD] - lost)
     assert not set(batch.rejected) & set(reports["skip"].rejected)
+    assert kept[Outcome.SKIPPED] == batch.skipped
     assert sum(skipped.values()) == 200

@@ -45,6 +45,7 @@ class OneSeries:
         self.times, self.n, self.m = [], 0, 0
         self.records: list[Made] = []
         self.h = self.c = None
+        self.reset = False
         self.count, self.mean, self.variance, self.values = 0, 0.0, 0.0, []
         self.last = self.before = NAN
 
@@ -77,7 +78,7 @@ class Naive:
         fixed = round(s.interval * 1e9) if isinstance(s.interval, float) else 0
         one = self.series.setdefault(name, OneSeries(fixed))
         if one.times and t <= one.times[-1]:
-            same = t in one.times[-min(one.m, self.k2) :]
+            same = not one.reset and t in one.times[-min(one.m, self.k2) :]
             late = Outcome.DEAD if s.late == "dead_letter" else Outcome.LATE
             self.outcomes.append(Outcome.DUPLICATE if same else late)
             return
@@ -94,10 +95,11 @@ class Naive:
     def place(self, one, t):
         s = self.config.series
         gap = t - one.times[-1] if one.times else None
-        restart = gap is None or (s.gap_reset is not None and gap > round(s.gap_reset * 1e9))
+        restart = gap is None or one.reset or (s.gap_reset is not None and gap > round(s.gap_reset * 1e9))
         if restart:
             one.n, one.m, one.records, one.gaps, one.interval = one.n + 1, 0, [], [], one.fixed
             one.h = one.c = np.zeros(self.config.model.hidden_size)
+            one.reset = False
         elif one.interval:
             one.n += max(1, (2 * gap + one.interval) // (2 * one.interval))
         else:
@@ -212,6 +214,9 @@ class Watched(Engine):
 def tell(config, batch, weights):
     naive = Naive(config, weights)
     for i in range(len(batch)):
+        for q in batch.reset_code[batch.reset_at == i].tolist():
+            if batch.series[q] in naive.series:
+                naive.series[batch.series[q]].reset = True
         naive.record(
             batch.series[batch.code[i]],
             int(batch.offset[i]),
@@ -364,7 +369,7 @@ def as_one(pieces):
     """Ranges in listed order as one cut."""
     names: dict[SeriesId, int] = {}
     columns = {name: [] for name in ("code", "range_index", "offset", "row", "time_ns", "broker_ns", "target")}
-    rejected = []
+    rejected, resets, records, skipped = [], [], 0, 0
     for i, (place, piece) in enumerate(pieces):
         mine = [SeriesId(place.topic, place.partition, s.key) for s in piece.series]
         codes = [names.setdefault(mine[q], len(names)) for q in piece.code.tolist()]
@@ -373,8 +378,19 @@ def as_one(pieces):
         for name in ("offset", "row", "time_ns", "broker_ns", "target"):
             columns[name].append(getattr(piece, name))
         rejected += [r._replace(topic=place.topic, partition=place.partition) for r in piece.rejected]
+        for at, q in zip(piece.reset_at.tolist(), piece.reset_code.tolist(), strict=True):
+            resets.append((records + at, names.setdefault(mine[q], len(names))))
+        records, skipped = records + len(piece), skipped + piece.skipped
     joined = {name: np.concatenate(parts) for name, parts in columns.items()}
-    return RecordBatch(tuple(r for r, _ in pieces), tuple(names), **joined, rejected=tuple(rejected))
+    return RecordBatch(
+        tuple(r for r, _ in pieces),
+        tuple(names),
+        **joined,
+        rejected=tuple(rejected),
+        skipped=skipped,
+        reset_at=np.array([at for at, _ in resets], np.int32),
+        reset_code=np.array([q for _, q in resets], np.int32),
+    )
 
 
 @pytest.mark.parametrize("late", ["drop", "dead_letter"])

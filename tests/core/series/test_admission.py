@@ -30,8 +30,10 @@ def rules(**changed):
 
 
 def batch_of(records):
-    """From (series, time, broker)."""
+    """From (series, time, broker); without a time it is a tombstone."""
     names = list(dict.fromkeys(q for q, _, _ in records))
+    resets = [(i - gone, q) for gone, (i, q) in enumerate((i, q) for i, (q, t, _) in enumerate(records) if t is None)]
+    records = [record for record in records if record[1] is not None]
     count = len(records)
     return RecordBatch(
         cut=(Range("in", 0, 0, count),),
@@ -43,6 +45,8 @@ def batch_of(records):
         time_ns=np.array([t for _, t, _ in records], np.int64),
         broker_ns=np.array([b for _, _, b in records], np.int64),
         target=np.zeros(count),
+        reset_at=np.array([at for at, _ in resets], np.int32),
+        reset_code=np.array([names.index(q) for _, q in resets], np.int32),
     )
 
 
@@ -141,6 +145,42 @@ def test_a_silence_longer_than_gap_reset_restarts_the_age_and_the_clock_goes_on_
     assert admitted.gap_resets == 1
 
 
+def test_after_a_tombstone_the_age_restarts_and_the_clock_goes_on_by_one():
+    verdicts, rows, admitted = told(rules(), [0, 10, None, None, 500, 510])
+    assert verdicts == [FRESH] * 4
+    assert rows == [(1, 1, 10), (2, 2, 10), (3, 1, 10), (4, 2, 10)]
+    assert admitted.restart_M.tolist() == [True, False, True, False]
+    assert (admitted.control_resets, admitted.gap_resets) == (1, 0)
+
+
+def test_a_tombstone_after_the_last_record_waits_for_the_next():
+    table = table_of(rules())
+    assert told(rules(), [0, 10, None], table)[2].control_resets == 1
+    assert told(rules(), [20, 30], table)[1] == [(3, 1, 10), (4, 2, 10)]
+
+
+def test_a_tombstone_and_a_silence_are_one_reset():
+    admitted = told(rules(gap_reset=100), [0, None, 500])[2]
+    assert (admitted.control_resets, admitted.gap_resets) == (1, 0)
+
+
+def test_a_tombstone_of_a_series_that_was_never_seen_makes_none():
+    table = table_of(rules())
+    assert told(rules(), [None], table)[2].control_resets == 0
+    assert len(table) == 0
+
+
+def test_what_came_before_a_tombstone_is_late_and_no_duplicate():
+    assert told(rules(), [0, 10, None, 10, 5])[0][-2:] == [LATE, LATE]
+
+
+def test_a_tombstone_resets_no_other_series():
+    admitted = admit(
+        table_of(rules()), rules(), batch_of([(0, 0, -1), (1, 0, -1), (0, None, -1), (0, 9, -1), (1, 9, -1)])
+    )
+    assert admitted.age_M.tolist() == [1, 1, 1, 2]
+
+
 def test_a_silence_of_exactly_gap_reset_does_not_restart():
     assert told(rules(gap_reset=100), [0, 100])[2].gap_resets == 0
 
@@ -232,9 +272,9 @@ class Told:
             self.times, self.n, self.m = [t], 1, 1
             return FRESH, True
         if t <= max(self.times):
-            return (DUPLICATE if t in self.times[-min(self.m, self.rule.k2) :] else LATE), False
+            return (DUPLICATE if self.m and t in self.times[-min(self.m, self.rule.k2) :] else LATE), False
         gap = min(t - self.times[-1], 1 << 61)
-        restart = self.rule.gap_reset is not None and gap > self.rule.gap_reset
+        restart = not self.m or (self.rule.gap_reset is not None and gap > self.rule.gap_reset)
         if restart:
             self.n, self.m, self.gaps, self.interval = self.n + 1, 0, [], self.rule.fixed_interval
         elif self.interval:
@@ -254,9 +294,14 @@ class Told:
 
 def naive(rule, records):
     """Verdicts, and rows of the fresh records."""
-    series, verdicts, rows = {}, [], []
-    for i, (q, t, broker) in enumerate(records):
-        if broker >= 0 and t - broker > rule.max_ahead:
+    series, verdicts, rows, resets = {}, [], [], 0
+    for q, t, broker in records:
+        i = len(verdicts)
+        if t is None:
+            resets += q in series and series[q].m > 0
+            if q in series:
+                series[q].m = 0
+        elif broker >= 0 and t - broker > rule.max_ahead:
             verdicts.append(FUTURE)
         elif q not in series and len(series) == rule.max_series:
             verdicts.append(SKIPPED)
@@ -268,7 +313,7 @@ def naive(rule, records):
             if verdict == FRESH:
                 rows.append((i, q, one.n, one.m, one.interval if restart else one.used, restart))
     warming = sum(one.m < rule.warm_age for one in series.values())
-    return verdicts, rows, warming
+    return verdicts, rows, warming, resets
 
 
 @st.composite
@@ -279,7 +324,10 @@ def logs(draw):
     ends = st.sampled_from([-(2**63), -(2**63) + 1, -1, 0, 2**61, 2**62, 2**63 - 2, 2**63 - 1])
     for _ in range(draw(st.integers(0, 120))):
         q = draw(st.integers(0, 4))
-        kind = draw(st.integers(0, 19))
+        kind = draw(st.integers(0, 21))
+        if kind > 19:
+            records.append((q, None, -1))
+            continue
         if hostile and kind == 0:
             t = draw(ends)
         else:
@@ -308,19 +356,21 @@ def test_admission_in_batches_is_admission_record_by_record(records, interval, g
         gap_reset=gap_reset,
         max_series=max_series,
     )
-    table, verdicts, rows, warming = table_of(rule), [], [], 0
+    table, verdicts, rows, warming, resets = table_of(rule), [], [], 0, 0
     bounds = sorted({0, len(records), *(c for c in cuts if c < len(records))})
     for start, end in itertools.pairwise(bounds):
         batch = batch_of(records[start:end])
         found = admit(table, rule, batch)
+        seen = len(verdicts)
         verdicts += [Verdict(v) for v in found.verdict_N.tolist()]
         slots = [int(table.series[slot].key) for slot in found.slot_M.tolist()]
         columns = (found.clock_M, found.age_M, found.interval_ns_M, found.restart_M)
         values = zip(*(column.tolist() for column in columns), strict=True)
-        index = (found.record_M + start).tolist()
+        index = (found.record_M + seen).tolist()
         rows += [(i, q, *value) for i, q, value in zip(index, slots, values, strict=True)]
         warming += found.warming_change
-    assert (verdicts, rows, warming) == naive(rule, records)
+        resets += found.control_resets
+    assert (verdicts, rows, warming, resets) == naive(rule, records)
 
 
 def test_the_configuration_is_taken_over_in_nanoseconds():
