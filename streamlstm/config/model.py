@@ -238,6 +238,7 @@ Size = Annotated[
     Means("a number of bytes, or a size such as 64KiB or 1MiB"),
 ]
 MessageSize = Annotated[Size, AfterValidator(_between(1, 64 << 20, format_size))]
+BatchSize = Annotated[Size, AfterValidator(_between(1 << 20, 1 << 30, format_size))]
 KeySize = Annotated[Size, AfterValidator(_between(16, 64 << 10, format_size))]
 Patience = Annotated[Duration, AfterValidator(_between(1.0, _LONGEST_S, format_duration))]
 Interval = Annotated[
@@ -380,6 +381,9 @@ class Decode(Section):
     """What becomes of a record that cannot be understood. `skip` counts it, `fail` exits 65."""
     max_bytes: MessageSize = key("1MiB", "identity")
     """Longest message that is decoded, at most 64MiB; a longer one is a dead letter."""
+    max_batch_bytes: BatchSize = key("64MiB", "identity")
+    """Most that one compressed batch of messages may unpack to, 1MiB to 1GiB; a batch that would become more is one
+    dead letter for all its offsets. Memory for it may be needed once for each partition."""
     max_key_bytes: KeySize = key("1KiB", "identity")
     """Longest key of a series (its `series_id`, joined), 16 bytes to 64KiB; a record with a longer one is a
     dead letter."""
@@ -705,6 +709,9 @@ def _decode_conflicts(source: Source, decode: Decode) -> Iterator[Conflict]:
         fix = "write another character than decode.csv.delimiter"
         yield Conflict("decode.csv.decimal", fix, ("decode.csv.decimal", "decode.csv.delimiter"))
     yield from _tombstone_conflicts(decode)
+    if decode.max_batch_bytes <= decode.max_bytes:
+        fix = "write more than decode.max_bytes: a batch holds a message, its key and its headers"
+        yield Conflict("decode.max_batch_bytes", fix, ("decode.max_batch_bytes", "decode.max_bytes"))
     if isinstance(decode.target, dict) and len(decode.target) > decode.max_rows:
         fix = f"write at least {len(decode.target)}: a message has one record for each of decode.target"
         yield Conflict("decode.max_rows", fix, ("decode.max_rows", "decode.target"))

@@ -236,7 +236,7 @@ class _Compiler:
             max_bytes=decode.max_bytes,
             max_key_bytes=decode.max_key_bytes,
             max_rows=decode.max_rows,
-            tombstone=decode.tombstone,
+            tombstone="dead_letter" if self.columns is not None else decode.tombstone,  # a row always has a value
         )
 
     def _explode(self, text: str | None) -> Path | None:

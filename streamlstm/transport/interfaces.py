@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, Protocol
 from numpy.typing import NDArray
 
 from streamlstm.errors import Temporary
-from streamlstm.records.batch import Cut, Headers, Messages
+from streamlstm.records.batch import Cut, Headers, Messages, Range
 
 
 class Fenced(Temporary):
@@ -90,6 +90,13 @@ class LiveSource(Source, Protocol):
 
     def resolve_start(self, start: str) -> list[Position]:
         """Every partition's position for ``earliest``, ``latest`` or ``timestamp:ISO``, in the configured order."""
+        ...
+
+    def pass_over(self, ranges: Sequence[Range]) -> None:
+        """
+        These offsets will not be used, so a batch of them that cannot be read is no reason to stop: it comes as one
+        :class:`~streamlstm.records.batch.Unread` message.
+        """
         ...
 
     def lag(self) -> Mapping[tuple[str, int], int]:

@@ -25,6 +25,7 @@ from streamlstm.errors import LogGap, StreamlstmError, Temporary, TopicChanged
 from streamlstm.records.batch import Cut, Headers, Messages, Range
 from streamlstm.transport.deadline import Deadline
 from streamlstm.transport.interfaces import Position, TopicIds
+from streamlstm.transport.kafka.batches import Record, read_batches
 from streamlstm.transport.kafka.clients import admin, close_consumer, known_partitions, open_consumer
 from streamlstm.transport.kafka.explain import explain
 from streamlstm.transport.kafka.group import GroupOffsets
@@ -49,6 +50,7 @@ PARTITIONS_EVERY_S = 5.0
 """How often we look for new partitions in what the client has been told: ``metadata_max_age_ms`` is how old that is."""
 
 _ASK_TIMEOUT_S = 2.0
+_LATEST_MS = ((1 << 63) - 1) // 1_000_000
 _WAIT_S = 0.2
 
 
@@ -62,7 +64,7 @@ class _Partition:
     """
 
     tp: TopicPartition
-    records: deque[Any] = field(default_factory=deque[Any])
+    records: deque[Record] = field(default_factory=deque[Record])
     size: int = 0
     cut_end: int | None = None
     read_end: int | None = None
@@ -73,11 +75,11 @@ class _Partition:
         self.size = 0
         self.cut_end = self.read_end = position
 
-    def add(self, records: Sequence[Any]) -> None:
+    def add(self, records: Sequence[Record]) -> None:
         self.records.extend(records)
         self.size += sum(map(_size, records))
 
-    def take(self, count: int) -> list[Any]:
+    def take(self, count: int) -> list[Record]:
         taken = [self.records.popleft() for _ in range(count)]
         self.size -= sum(map(_size, taken))
         return taken
@@ -101,6 +103,8 @@ class KafkaSource:
         with deadline.guard("connecting to read the input"):
             topics = self._describe()
             self._consumer = open_consumer(config)
+        self._passed_over: Sequence[Range] = ()
+        read_batches(self._consumer, config.decode.max_batch_bytes, self._is_passed_over)
         self._partitions = [
             _Partition(TopicPartition(topic.name, partition)) for topic in topics for partition in topic.partitions
         ]
@@ -175,7 +179,7 @@ class KafkaSource:
             max_records,
             CUT_BYTES,
         )
-        pieces: list[tuple[Range, list[Any]]] = []
+        pieces: list[tuple[Range, list[Record]]] = []
         for turn in turns:
             partition = self._partitions[turn.partition]
             pieces.append(_cut(partition, partition.take(turn.messages)))
@@ -187,7 +191,7 @@ class KafkaSource:
     def read(self, cut: Cut, timeout_s: float) -> Messages:
         """See :class:`~streamlstm.transport.interfaces.Source`. Reading cuts in their order costs no seek."""
         until_s = time.monotonic() + timeout_s
-        pieces: list[tuple[Range, list[Any]]] = []
+        pieces: list[tuple[Range, list[Record]]] = []
         for wanted in cut:
             partition = self._by_name.get(TopicPartition(wanted.topic, wanted.partition))
             if partition is None:
@@ -218,10 +222,20 @@ class KafkaSource:
         """See :class:`~streamlstm.transport.interfaces.LiveSource`. The group is ``config.name``."""
         self._group.offer(positions)
 
+    def pass_over(self, ranges: Sequence[Range]) -> None:
+        """See :class:`~streamlstm.transport.interfaces.LiveSource`."""
+        self._passed_over = ranges
+
     def close(self) -> None:
         """See :class:`~streamlstm.transport.interfaces.Source`."""
         self._group.close()
         close_consumer(self._consumer)
+
+    def _is_passed_over(self, tp: TopicPartition, first: int, last: int) -> bool:
+        return any(
+            (r.topic, r.partition) == (tp.topic, tp.partition) and r.start <= first and last < r.end
+            for r in self._passed_over
+        )
 
     def _describe(self) -> list[Topic]:
         names = self._config.source.topics
@@ -297,7 +311,7 @@ class KafkaSource:
             (self._consumer.pause if pause else self._consumer.resume)(partition.tp)
             partition.paused = pause
 
-    def _fetch(self, wait_ms: int) -> Mapping[TopicPartition, Sequence[Any]]:
+    def _fetch(self, wait_ms: int) -> Mapping[TopicPartition, Sequence[Record]]:
         with self._deadline.guard("reading the input"):
             try:
                 return self._consumer.poll(timeout_ms=wait_ms, max_records=self._most)
@@ -359,15 +373,16 @@ def _name(tp: TopicPartition) -> str:
     return f"{tp.topic}/{tp.partition}"
 
 
-def _size(record: Any) -> int:  # noqa: ANN401, because the client's types are untyped
-    return record.serialized_key_size + record.serialized_value_size + 100
+def _size(record: Record) -> int:
+    headers = sum(len(name) + len(value or b"") + 100 for name, value in record.headers)
+    return _payload(record) + headers + 100
 
 
-def _payload(record: Any) -> int:  # noqa: ANN401, because the client's types are untyped
+def _payload(record: Record) -> int:
     return len(record.key or b"") + len(record.value or b"")
 
 
-def _cut(partition: _Partition, records: list[Any]) -> tuple[Range, list[Any]]:
+def _cut(partition: _Partition, records: list[Record]) -> tuple[Range, list[Record]]:
     """The next range of a partition, up to its position if that is all there is, else up to the last record taken."""
     start = partition.cut_end
     end = records[-1].offset + 1 if partition.records else partition.read_end
@@ -377,9 +392,12 @@ def _cut(partition: _Partition, records: list[Any]) -> tuple[Range, list[Any]]:
     return Range(partition.tp.topic, partition.tp.partition, start, end), records
 
 
-def _messages(pieces: Sequence[tuple[Range, list[Any]]]) -> Messages:
+def _messages(pieces: Sequence[tuple[Range, list[Record]]]) -> Messages:
     records = [record for _, taken in pieces for record in taken]
-    timestamps_ms = np.fromiter((-1 if r.timestamp is None else r.timestamp for r in records), np.int64, len(records))
+    # A producer may write any number; what does not fit is no time, and an overflow would be another one.
+    timestamps_ms = np.fromiter(
+        (r.timestamp if 0 <= r.timestamp <= _LATEST_MS else -1 for r in records), np.int64, len(records)
+    )
     return Messages(
         cut=tuple(range_ for range_, _ in pieces),
         range_index=np.repeat(
@@ -390,6 +408,7 @@ def _messages(pieces: Sequence[tuple[Range, list[Any]]]) -> Messages:
         key=[r.key for r in records],
         value=[r.value for r in records],
         headers=[_headers(r.headers) for r in records] if any(r.headers for r in records) else None,
+        unread={m: r.unread for m, r in enumerate(records) if r.unread is not None},
     )
 
 
