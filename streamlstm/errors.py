@@ -6,6 +6,7 @@ Every way the program can end, as a tree of exceptions with their exit codes.
     StreamlstmError            1   failure
     ├── DataError             65   bad input data, or a log that cannot be used
     │   ├── LogGap                 a needed offset is no longer retained
+    │   ├── LogCutBack             what was consumed is not what the log holds now
     │   ├── TopicChanged           a topic was re-created or its partitions changed
     │   ├── CheckpointError        no generation can be used
     │   └── ProgressError          the progress chain is torn, forked or not ours
@@ -20,7 +21,7 @@ Every way the program can end, as a tree of exceptions with their exit codes.
 Bad input is a value (:class:`streamlstm.records.batch.Rejected`); these are for broken promises.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 
@@ -46,6 +47,18 @@ class LogGap(DataError):
     def __init__(self, message: str, gaps: Sequence[tuple[str, int, int, int]] = ()) -> None:
         super().__init__(message)
         self.gaps = tuple(gaps)
+
+
+class LogCutBack(DataError):
+    """
+    What was consumed is no longer what the log holds: it was cut back by an unclean leader election.
+
+    ``ends`` says up to which offset each (topic, partition) is still as it was; 0 where nobody knows.
+    """
+
+    def __init__(self, message: str, ends: Mapping[tuple[str, int], int]) -> None:
+        super().__init__(message)
+        self.ends = dict(ends)
 
 
 class TopicChanged(DataError):

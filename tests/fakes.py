@@ -116,7 +116,7 @@ class MemorySource:
         self.polls = 0
         self.group: list[Sequence[Position]] = []
 
-    def seek(self, positions: Sequence[Position]) -> None:
+    def seek(self, positions: Sequence[Position], leader_epochs: object = None) -> None:
         self.fate.point()
         self.at = {(p.topic, p.partition): p.next_offset for p in positions}
 
@@ -170,6 +170,11 @@ class MemorySource:
             key=[None] * len(value),
             value=value,
         )
+
+    def leader_epochs(self) -> dict[tuple[str, int], int]:
+        return {}
+
+    def pass_over(self, ranges: Sequence[Range]) -> None: ...
 
     def topic_ids(self) -> dict[str, str]:
         self.fate.point()

@@ -122,6 +122,7 @@ def _terms(config: Config, device: str, asked: Asked) -> Terms:
         fingerprint=take_fingerprint(device, config.runtime.threads),
         on_mismatch=config.checkpoint.on_mismatch,
         read_timeout_s=config.runtime.deadline,
+        on_gap=config.source.on_gap,
         fresh=asked.fresh,
         rebuild=asked.rebuild,
     )

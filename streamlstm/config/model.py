@@ -336,6 +336,9 @@ class Source(Section):
     """Where a first run begins: `earliest`, `latest` or `timestamp:2026-01-01T00:00:00Z`. Later runs go on
     where the last one stopped."""
     poll: Poll = key(Poll(), "free")
+    on_gap: Literal["fail", "skip"] = key("fail", "free")
+    """When retention deleted offsets before they were read: exit 65 with both offsets, or go on behind them and record
+    the gap in the progress chain."""
     security: Security = key(Security(), "free")
     properties: dict[PropertyName, Setting] = key({}, "free")
     """Further settings of the Kafka client, names checked. What correctness hangs on cannot be set."""

@@ -13,7 +13,7 @@ import hashlib
 import json
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any, NamedTuple, Protocol, TypeVar, cast
 from urllib.parse import quote
 
@@ -40,7 +40,7 @@ from streamlstm.recovery.snapshot import (
     write_series,
     write_tensors,
 )
-from streamlstm.transport.interfaces import Frozen, Position
+from streamlstm.transport.interfaces import Frozen, LeaderEpochs, Position
 
 MANIFEST = "MANIFEST.json"
 
@@ -77,6 +77,7 @@ class Provenance:
     ``progress`` is the record that ends with the state's step, ``None`` for a generation 0 that precedes the chain.
     ``incarnation`` is the process that computed it, empty for generation 0. ``revision`` counts the branches of the
     chain up to here, and ``excluded`` are the ranges that they pass over: both survive the chain's trimming.
+    ``leader_epochs`` are those of the last messages before the positions, where they are known.
     """
 
     lineage: str
@@ -89,6 +90,7 @@ class Provenance:
     created_ms: int
     revision: int = 0
     excluded: tuple[Range, ...] = ()
+    leader_epochs: LeaderEpochs = field(default_factory=dict[tuple[str, int], int])
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,6 +247,7 @@ class Header(NamedTuple):
             created_ms=meta.created_ms,
             revision=meta.revision,
             excluded=tuple(Range(*r) for r in meta.excluded),
+            leader_epochs={(p.topic, p.partition): e for p in meta.positions if (e := p.leader_epoch) is not None},
         )
         size = len(self.sealed) + sum(entry.bytes for entry in manifest.files.values())
         return Generation(meta.step, digest_manifest(self.sealed), size, meta.series, made)
@@ -434,9 +437,8 @@ def _meta_of(state: EngineState, provenance: Provenance) -> dict[str, Any]:
         "incarnation": provenance.incarnation,
         "revision": provenance.revision,
         "excluded": [list(r) for r in provenance.excluded],
-        # The client does not tell the leader epoch of what was read; the place is kept for one that does.
         "positions": [
-            {"topic": p.topic, "partition": p.partition, "next_offset": p.next_offset, "leader_epoch": None}
+            {**p._asdict(), "leader_epoch": provenance.leader_epochs.get((p.topic, p.partition))}
             for p in provenance.positions
         ],
         "topic_ids": dict(provenance.topic_ids),

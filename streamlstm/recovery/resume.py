@@ -383,17 +383,23 @@ def _check_topics(source: LiveSource, generation: Generation) -> None:
 
 def _lost(source: LiveSource, chain: Chain, generation: Generation) -> tuple[Range, ...]:
     """What a replay and the stream after it need, and retention has deleted."""
+    needed = _needed(chain, generation)
+    return tuple(
+        Range(p.topic, p.partition, at, p.next_offset)
+        for p in sorted(source.resolve_start("earliest"))
+        if (at := needed[p.topic, p.partition]) < p.next_offset
+    )
+
+
+def _needed(chain: Chain, generation: Generation) -> dict[tuple[str, int], int]:
+    """The first offset of each partition that a replay and the stream after it need."""
     needed: dict[tuple[str, int], int] = {}
     for step in chain.to_replay(generation.step):
         for r in step.cut:
             needed.setdefault((r.topic, r.partition), r.start)
     for p in chain.positions_after(generation.provenance.positions, generation.step):
         needed.setdefault((p.topic, p.partition), p.next_offset)
-    return tuple(
-        Range(p.topic, p.partition, at, p.next_offset)
-        for p in sorted(source.resolve_start("earliest"))
-        if (at := needed[p.topic, p.partition]) < p.next_offset
-    )
+    return needed
 
 
 def _gone(lost: Sequence[Range]) -> LogGap:
@@ -603,7 +609,18 @@ def _replay(
 ) -> tuple[Steppable, int]:
     """The engine after the last recorded step, and how many messages were read for that."""
     newest, records = Repetition(world.repeat, chain, generation), 0
-    world.source.seek(generation.provenance.positions)
+    world.source.pass_over(excluded)
+    needed, made = _needed(chain, generation), generation.provenance
+    # Not from the generation's positions where these are passed over: nothing could be read of any partition then.
+    world.source.seek(
+        [p._replace(next_offset=needed[p.topic, p.partition]) for p in made.positions],
+        {
+            (p.topic, p.partition): epoch
+            for p in made.positions
+            if needed[p.topic, p.partition] == p.next_offset
+            and (epoch := made.leader_epochs.get((p.topic, p.partition))) is not None
+        },
+    )
     for step in chain.to_replay(generation.step):
         engine = segments.engine_for(step)
         records += _replay_step(world, terms, engine, step, excluded, newest, compare=compare)
@@ -681,7 +698,8 @@ def _replay_step(
     if compare and step.digest is not None and report.digest().hex() != step.digest:
         raise ProgressError(
             f"step {step.number} gives another output now than was committed, on the same machine and libraries: its "
-            "input has changed (compacted or re-created topic), or a computation is not deterministic"
+            "input has changed since (compacted, cut back or re-created topic), or a computation is not deterministic; "
+            "a compacted input cannot be replayed to the same bits: start anew with `run --fresh`"
         )
     newest.add(step, report, used)
     return len(messages)

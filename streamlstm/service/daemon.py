@@ -408,6 +408,7 @@ class Daemon:
             created_ms=int(self._world.wall_s() * 1000),
             revision=self._revision,
             excluded=self._excluded,
+            leader_epochs=self._source.leader_epochs(),
         )
         self._schedule.tried(self._now_s())
         self._writer.submit(state, provenance)

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, NamedTuple, Protocol
 
 from numpy.typing import NDArray
@@ -52,6 +53,10 @@ class Frozen(NamedTuple):
     arrays: Mapping[str, NDArray[Any]] = {}
 
 
+LeaderEpochs = Mapping[tuple[str, int], int]
+"""By (topic, partition)."""
+
+
 class Source(Protocol):
     """Messages by position. It takes turns between partitions, with a bounded quantum."""
 
@@ -83,6 +88,19 @@ class Source(Protocol):
 
 class LiveSource(Source, Protocol):
     """A source that grows while it is read."""
+
+    def seek(self, positions: Sequence[Position], leader_epochs: LeaderEpochs = MappingProxyType({})) -> None:
+        """
+        As :meth:`Source.seek`.
+
+        ``leader_epochs`` are what :meth:`leader_epochs` said at just these positions: a log that was cut back since
+        is found out by them.
+        """
+        ...
+
+    def leader_epochs(self) -> LeaderEpochs:
+        """Under which leader the last message before each position was written, as far as known. Does not block."""
+        ...
 
     def topic_ids(self) -> "TopicIds":
         """The ids of the input topics as they are now."""

@@ -75,7 +75,7 @@ class Deployment:
 
     def producer(self, **settings: object) -> Any:
         """A plain kafka-python producer, for what the product must cope with."""
-        return self._opened(KafkaProducer(bootstrap_servers=self.cluster.bootstrap, linger_ms=5, **settings))
+        return self._opened(KafkaProducer(bootstrap_servers=self.cluster.bootstrap, **{"linger_ms": 5, **settings}))
 
     def fill(self, partition: int, values: Iterable[bytes], **record: Any) -> None:
         """Append to a partition of the input."""

@@ -9,9 +9,10 @@ import pytest
 from broker import Cluster, Scripted, wait_until
 from deployment import Deployment
 from kafka import errors as kafka_errors
+from kafka.admin import ConfigResource, ConfigResourceType
 from kafka.structs import TopicPartition
 
-from streamlstm.errors import ConfigError, DataError, LogGap, TopicChanged
+from streamlstm.errors import ConfigError, DataError, LogCutBack, LogGap, TopicChanged
 from streamlstm.records.batch import Messages, Range
 from streamlstm.transport.interfaces import Position
 from streamlstm.transport.kafka.group import GroupOffsets
@@ -232,8 +233,9 @@ def test_a_position_that_retention_deleted_is_a_gap_with_its_offsets(deployment:
         admin.delete_records({TopicPartition(deployment.input, 0): 50})
     source = deployment.source()
     source.seek([Position(deployment.input, 0, 10), Position(deployment.input, 1, 0)])
-    with pytest.raises(LogGap, match=rf"{deployment.input}/0: offset 10 .*50 to 100.*deleted 40"):
+    with pytest.raises(LogGap, match=rf"{deployment.input}/0: offset 10 .*50 to 100.*deleted 40") as caught:
         drain(source, 1000)
+    assert caught.value.gaps == ((deployment.input, 0, 10, 50),)
 
 
 def test_a_recorded_cut_that_retention_deleted_is_a_gap(deployment: Deployment) -> None:
@@ -241,22 +243,38 @@ def test_a_recorded_cut_that_retention_deleted_is_a_gap(deployment: Deployment) 
     with deployment.admin() as admin:
         admin.delete_records({TopicPartition(deployment.input, 0): 50})
     source = deployment.source()
-    with pytest.raises(LogGap, match=r"offset 30 .*50 to 100"):
+    with pytest.raises(LogGap, match=r"offset 30 .*50 to 100") as caught:
         source.read((Range(deployment.input, 0, 30, 60),), 10)
+    assert caught.value.gaps == ((deployment.input, 0, 30, 50),)
 
 
-def test_a_position_beyond_the_end_is_a_gap_too(deployment: Deployment) -> None:
+def test_a_log_whose_beginning_is_deleted_under_the_reader_goes_on_behind_the_gap(deployment: Deployment) -> None:
+    """What ``source.on_gap: skip`` does with it."""
+    deployment.fill(0, numbered(100))
+    source = deployment.source()
+    with deployment.admin() as admin:
+        admin.delete_records({TopicPartition(deployment.input, 0): 50})
+    source.seek([Position(deployment.input, 0, 10), Position(deployment.input, 1, 0)])
+    with pytest.raises(LogGap) as caught:
+        drain(source, 1000)
+    ((topic, partition, _, end),) = caught.value.gaps
+    source.seek([Position(topic, partition, end), Position(deployment.input, 1, 0)])
+    assert [v for m in drain(source, 50) for v in m.value] == numbered(100)[50:]
+
+
+def test_a_position_beyond_the_end_is_a_log_that_was_cut_back(deployment: Deployment) -> None:
     deployment.fill(0, numbered(10))
     source = deployment.source()
     source.seek([Position(deployment.input, 0, 99), Position(deployment.input, 1, 0)])
-    with pytest.raises(LogGap, match=r"offset 99 .*0 to 10.*made anew"):
+    with pytest.raises(LogCutBack, match=r"read up to offset 99, .* cut back at offset 10") as caught:
         drain(source, 1000)
+    assert caught.value.ends == {(deployment.input, 0): 10}
 
 
-def test_a_recorded_cut_beyond_the_end_is_a_gap(deployment: Deployment) -> None:
+def test_a_recorded_cut_beyond_the_end_is_a_log_that_was_cut_back(deployment: Deployment) -> None:
     deployment.fill(0, numbered(10))
     source = deployment.source()
-    with pytest.raises(LogGap, match=r"offset 20 .*0 to 10"):
+    with pytest.raises(LogCutBack, match=r"offset 20.*at offset 10"):
         source.read((Range(deployment.input, 0, 5, 20),), 1.0)
 
 
@@ -270,6 +288,175 @@ def test_a_topic_made_anew_has_another_id(deployment: Deployment) -> None:
     deployment.make_topic(deployment.input, 2)
     assert source.topic_ids().keys() == before.keys()
     assert source.topic_ids() != before
+
+
+def remade(deployment: Deployment, records: Sequence[bytes]) -> None:
+    """The input deleted, made again and filled."""
+    with deployment.admin() as admin:
+        admin.delete_topics([deployment.input])
+        gone = lambda: admin.describe_topics([deployment.input])[0]["error_code"] != 0  # noqa: E731, because it reads better here
+        wait_until(gone, 10, "the topic is gone")
+    deployment.make_topic(deployment.input, 2)
+    deployment.fill(0, records)
+
+
+@pytest.mark.parametrize("records", [5, 10, 25])
+def test_a_topic_made_anew_between_two_polls_is_found_out_before_any_of_it_is_read(
+    deployment: Deployment, records: int
+) -> None:
+    """Shorter than what was read, just as long, or longer."""
+    deployment.fill(0, numbered(10))
+    source = deployment.source()
+    source.seek(source.resolve_start("earliest"))
+    drain(source, 10)
+    remade(deployment, numbered(records, "w"))
+    seen: list[Messages] = []
+    with pytest.raises(TopicChanged, match=rf"{deployment.input}: re-created while it was read .*run --fresh"):
+        wait_until(lambda: bool(seen.extend(filter(None, [source.poll(10, 0.1)]))), 20, "it is found out")
+    assert sum(map(len, seen)) == 0
+
+
+def test_a_topic_that_is_deleted_is_gone(deployment: Deployment) -> None:
+    deployment.fill(0, numbered(10))
+    source = deployment.source()
+    source.seek(source.resolve_start("earliest"))
+    drain(source, 10)
+    with deployment.admin() as admin:
+        admin.delete_topics([deployment.input])
+    with pytest.raises(TopicChanged, match=rf"{deployment.input}: deleted while it was read"):
+        wait_until(lambda: source.poll(10, 0.1) is not None, 30, "it is found out")
+
+
+def test_a_log_cut_back_while_we_were_away_is_found_out_by_the_leader_epoch(
+    deploy: Callable[..., Deployment], own_broker: Cluster
+) -> None:
+    """It has other records, and more than before: offsets alone say nothing."""
+    assert isinstance(own_broker, Scripted)
+    deployment = deploy(own_broker).with_topics(partitions=1)
+    deployment.fill(0, numbered(20))
+    deployment.fill(0, numbered(30))
+    source = deployment.source()
+    source.seek(source.resolve_start("earliest"))
+    drain(source, 50)
+    known = source.leader_epochs()
+    assert known.keys() == {(deployment.input, 0)}
+    source.close()
+
+    own_broker.do("stop")
+    data = own_broker.directory / "data-1"
+    (segment,) = data.glob(f"{deployment.input}-0/*.log")
+    whole = segment.read_bytes()
+    first = 12 + int.from_bytes(whole[8:12], "big")
+    while int.from_bytes(whole[first : first + 8], "big") < 20:
+        first += 12 + int.from_bytes(whole[first + 8 : first + 12], "big")
+    segment.write_bytes(whole[:first])
+    for stale in (*segment.parent.glob("*.*index"), *segment.parent.glob("*.snapshot"), *data.glob(".kafka_clean*")):
+        stale.unlink()
+    own_broker.do("start")
+
+    deployment.fill(0, numbered(40, "w"))
+    again = deployment.source()
+    assert again.end_offsets()[0].next_offset == 60
+    again.seek([Position(deployment.input, 0, 50)], known)
+    with pytest.raises(LogCutBack, match=r"read up to offset 50, .* cut back at offset 20") as caught:
+        drain(again, 10)
+    assert caught.value.ends == {(deployment.input, 0): 20}
+
+    # Before the point where the two logs part, all is well.
+    again.seek([Position(deployment.input, 0, 20)], known)
+    assert [v for m in drain(again, 40) for v in m.value] == numbered(40, "w")
+
+
+def test_compacted_transactional_and_aborted_input_is_read_by_position(
+    deploy: Callable[..., Deployment], cluster: Cluster
+) -> None:
+    """Half of the keys written over, and every other transaction aborted: lag, positions and recorded cuts hold."""
+    deployment = deploy(cluster).with_topics(
+        partitions=1, min_cleanable_dirty_ratio="0.01", segment_ms="100", max_compaction_lag_ms="200"
+    )
+    producer = deployment.producer(transactional_id=f"{deployment.name}-writer")
+    producer.init_transactions()
+    for attempt in range(20):
+        producer.begin_transaction()
+        for i in range(5):
+            producer.send(deployment.input, b"%d.%d" % (attempt, i), key=b"k%d" % (i % 3), partition=0).get(10)
+        (producer.abort_transaction if attempt % 2 else producer.commit_transaction)()
+    live = deployment.source()
+    live.seek(live.resolve_start("earliest"))
+    end = live.end_offsets()[0].next_offset
+    assert end == 120
+    before: list[Messages] = []
+
+    def at_the_end(source: KafkaSource, seen: list[Messages]) -> bool:
+        if (got := source.poll(7, 0.2)) is not None:
+            seen.append(got)
+        return any(r.end >= end for m in seen for r in m.cut)
+
+    wait_until(lambda: at_the_end(live, before), 20, "the last marker is consumed too")
+    assert [v for m in before for v in m.value] == [b"%d.%d" % (a, i) for a in range(0, 20, 2) for i in range(5)]
+    assert live.lag()[deployment.input, 0] == 0
+
+    with deployment.admin() as admin:
+        policy = ConfigResource(ConfigResourceType.TOPIC, deployment.input, {"cleanup.policy": "compact"})
+        admin.alter_configs([policy])
+
+    def compacted() -> bool:
+        deployment.fill(0, [b"new"], key=b"other")
+        source = deployment.source()
+        source.seek(source.resolve_start("earliest"))
+        seen: list[Messages] = []
+        wait_until(lambda: at_the_end(source, seen), 20, "the end is reached over the holes")
+        ranges = [r for m in seen for r in m.cut]
+        assert ranges[0].start == 0
+        assert all(left.end == right.start for left, right in pairwise(ranges))
+        source.close()
+        return sum(map(len, seen)) < 40
+
+    wait_until(compacted, 60, "the log is compacted")
+    # The same cuts again: fewer records, no hole unread, and reading goes on behind them.
+    again = deployment.source()
+    again.seek(again.resolve_start("earliest"))
+    replayed = [again.read(m.cut, 10) for m in before]
+    assert sum(map(len, replayed)) < sum(map(len, before))
+    kept = {offset for m in replayed for offset in m.offset.tolist()}
+    assert kept <= {offset for m in before for offset in m.offset.tolist()}
+
+
+def test_a_bomb_comes_as_one_message_for_its_offsets(deploy: Callable[..., Deployment], cluster: Cluster) -> None:
+    """72 MiB in a batch that the topic takes."""
+    deployment = deploy(cluster).with_topics(partitions=1)
+    producer = deployment.producer(
+        compression_type="gzip", max_request_size=1 << 28, batch_size=1 << 28, linger_ms=5000
+    )
+    deployment.fill(0, numbered(3))
+    bomb = [producer.send(deployment.input, bytes(1 << 23), partition=0) for _ in range(9)]
+    producer.flush()
+    offsets = [future.get(60).offset for future in bomb]
+    deployment.fill(0, numbered(3, "w"))
+    source = deployment.source()
+    source.seek(source.resolve_start("earliest"))
+    seen = drain(source, 7)
+    values = [v for m in seen for v in m.value]
+    assert values == [*numbered(3), None, *numbered(3, "w")]
+    unread = [one for m in seen for one in m.unread.values()]
+    assert [one[:3] for one in unread] == [(offsets[0], offsets[-1], 9)]
+    assert "of gzip hold more than 67108864 bytes" in unread[0].why
+    ranges = [r for m in seen for r in m.cut]
+    assert all(left.end == right.start for left, right in pairwise(ranges))
+    assert ranges[-1].end == 15
+
+
+@pytest.mark.parametrize("stamp", [0, 1, 2**53, 2**63 - 1])
+def test_a_timestamp_may_be_any_number(deploy: Callable[..., Deployment], cluster: Cluster, stamp: int) -> None:
+    """One that is no time of this world counts as none."""
+    deployment = deploy(cluster).with_topics(
+        partitions=1, message_timestamp_after_max_ms=str(2**63 - 1), message_timestamp_before_max_ms=str(2**63 - 1)
+    )
+    deployment.fill(0, [b"a", b"b"], timestamp_ms=stamp)
+    source = deployment.source()
+    source.seek(source.resolve_start("earliest"))
+    (messages,) = drain(source, 2)
+    assert messages.broker_ns.tolist() == [stamp * 10**6 if stamp < 2**43 else -1] * 2
 
 
 def test_a_topic_that_does_not_exist_is_named(deploy: Callable[..., Deployment], cluster: Cluster) -> None:

@@ -2,14 +2,15 @@
 
 import contextlib
 import time
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import contextmanager
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 from kafka import KafkaAdminClient, KafkaConsumer, KafkaProducer
 from kafka import errors as kafka_errors
 from kafka.net.compat import KafkaNetClient
 from kafka.record.default_records import DefaultRecordBatch
+from kafka.structs import OffsetAndMetadata, TopicPartition
 
 from streamlstm.config.model import Config, Source
 from streamlstm.errors import Unavailable
@@ -60,9 +61,35 @@ def open_producer(settings: Mapping[str, Any]) -> Producer:
     return _open(KafkaProducer, settings)
 
 
-def known_partitions(consumer: Consumer, topic: str) -> set[int]:
-    """Of a topic that is read, as of the client's last metadata; empty when it has none. Never asks the broker."""
-    return consumer._cluster.partitions_for_topic(topic) or set()  # noqa: SLF001, because the public method may block
+class News(NamedTuple):
+    """
+    What the client was told last of the topics that it reads; nobody is asked.
+
+    ``told_ms`` moves on with each time. ``awaited`` says that the client has a reason to ask again and has no answer
+    yet. ``ids`` lacks a topic that was not there, and ``partitions`` is empty for it.
+    """
+
+    told_ms: float
+    awaited: bool
+    ids: Mapping[str, str]
+    partitions: Mapping[str, frozenset[int]]
+
+
+def news(consumer: Consumer, topics: Iterable[str]) -> News:
+    """The client's metadata, refreshed after ``metadata_max_age_ms`` and whenever a request meets an error."""
+    cluster = consumer._cluster  # noqa: SLF001, because the public methods may block
+    ids = {topic: ident for topic in topics if (ident := cluster.topic_id(topic)) is not None and ident.int}
+    return News(
+        told_ms=cluster._last_successful_refresh_ms,  # noqa: SLF001, because see above
+        awaited=cluster.need_update,
+        ids={topic: str(ident) for topic, ident in ids.items()},
+        partitions={topic: frozenset(cluster.partitions_for_topic(topic) or ()) for topic in topics},
+    )
+
+
+def seek_after(consumer: Consumer, tp: TopicPartition, offset: int, leader_epoch: int) -> None:
+    """Seek to where a message of this leader epoch was the last one read; the client then checks that it still is."""
+    consumer._subscription.seek(tp, OffsetAndMetadata(offset, "", leader_epoch))  # noqa: SLF001, because the public method takes no epoch
 
 
 @contextmanager

@@ -162,6 +162,7 @@ def consumer_settings(config: Config) -> dict[str, Any]:
         "client_id": config.name,
         "metrics_enabled": False,
         "fetch_max_bytes": 16 << 20,
+        "metadata_max_age_ms": 30_000,  # new partitions and re-created topics are noticed within this
         **_tuned(config.source, KafkaConsumer.DEFAULT_CONFIG),
         "group_id": None,
         "auto_offset_reset": "none",

@@ -11,9 +11,10 @@ begins where the last one of its partition ended, and ends where the client's po
 
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -21,12 +22,12 @@ from kafka import errors as kafka_errors
 from kafka.structs import TopicPartition
 
 from streamlstm.config.model import Config
-from streamlstm.errors import LogGap, StreamlstmError, Temporary, TopicChanged
+from streamlstm.errors import LogCutBack, LogGap, StreamlstmError, Temporary, TopicChanged
 from streamlstm.records.batch import Cut, Headers, Messages, Range
 from streamlstm.transport.deadline import Deadline
-from streamlstm.transport.interfaces import Position, TopicIds
+from streamlstm.transport.interfaces import LeaderEpochs, Position, TopicIds
 from streamlstm.transport.kafka.batches import Record, read_batches
-from streamlstm.transport.kafka.clients import admin, close_consumer, known_partitions, open_consumer
+from streamlstm.transport.kafka.clients import admin, close_consumer, news, open_consumer, seek_after
 from streamlstm.transport.kafka.explain import explain
 from streamlstm.transport.kafka.group import GroupOffsets
 from streamlstm.transport.kafka.topics import Topic, describe, missing
@@ -46,8 +47,8 @@ OFFSETS_TIMEOUT_S = 10.0
 SILENCE_S = 5.0
 """How long nothing may come before the broker is asked whether it is there: the client itself never says."""
 
-PARTITIONS_EVERY_S = 5.0
-"""How often we look for new partitions in what the client has been told: ``metadata_max_age_ms`` is how old that is."""
+GONE_AFTER_S = 3.0
+"""How long a topic must be missing from what the broker says before it counts as deleted: a young one may not know."""
 
 _ASK_TIMEOUT_S = 2.0
 _LATEST_MS = ((1 << 63) - 1) // 1_000_000
@@ -60,7 +61,8 @@ class _Partition:
     What is known of one partition.
 
     ``cut_end`` is where the last cut ended, ``read_end`` the client's position, ``None`` before the first seek;
-    ``records`` are those between them, oldest first, and ``size`` their bytes.
+    ``records`` are those between them, oldest first, and ``size`` their bytes. ``epoch`` is the leader epoch of the
+    last record before ``cut_end``, -1 when it is not known.
     """
 
     tp: TopicPartition
@@ -68,12 +70,14 @@ class _Partition:
     size: int = 0
     cut_end: int | None = None
     read_end: int | None = None
+    epoch: int = -1
     paused: bool = False
 
-    def forget(self, position: int) -> None:
+    def forget(self, position: int, epoch: int) -> None:
         self.records.clear()
         self.size = 0
         self.cut_end = self.read_end = position
+        self.epoch = epoch
 
     def add(self, records: Sequence[Record]) -> None:
         self.records.extend(records)
@@ -82,6 +86,8 @@ class _Partition:
     def take(self, count: int) -> list[Record]:
         taken = [self.records.popleft() for _ in range(count)]
         self.size -= sum(map(_size, taken))
+        if taken:
+            self.epoch = taken[-1].leader_epoch
         return taken
 
 
@@ -90,10 +96,10 @@ class KafkaSource:
     A :class:`~streamlstm.transport.interfaces.LiveSource` over the topics of ``config.source``.
 
     Not for several threads. Its calls raise :class:`~streamlstm.errors.LogGap` when a needed offset is no longer
-    retained, :class:`~streamlstm.errors.DataError` for a damaged or undecodable batch,
-    :class:`~streamlstm.errors.NotAuthorised` when we may not read, :class:`~streamlstm.errors.TopicChanged` when the
-    input has other partitions, and :class:`~streamlstm.errors.Temporary` for what waiting or a restart mends, a
-    broker that is away included.
+    retained, :class:`~streamlstm.errors.LogCutBack` when what was read is not what the log holds,
+    :class:`~streamlstm.errors.DataError` for a damaged batch, :class:`~streamlstm.errors.NotAuthorised` when we may
+    not read, :class:`~streamlstm.errors.TopicChanged` when an input was made anew, is gone or has other partitions,
+    and :class:`~streamlstm.errors.Temporary` for what waiting or a restart mends, a broker that is away included.
     """
 
     def __init__(self, config: Config, deadline: Deadline) -> None:
@@ -110,7 +116,10 @@ class KafkaSource:
         ]
         self._by_name = {p.tp: p for p in self._partitions}
         self._first = 0
-        self._heard_s = self._counted_s = time.monotonic()
+        self._ids = {topic.name: topic.id for topic in topics}
+        self._heard_s = time.monotonic()
+        self._told_ms = 0.0
+        self._gone_since_s: float | None = None
         self._most = config.source.poll.max_records
         self._most_bytes = max(1 << 20, BUFFER_BYTES // max(1, len(self._partitions)))
         self._group = GroupOffsets(config)
@@ -148,9 +157,9 @@ class KafkaSource:
         """One past the last committed offset of every partition."""
         return self._positions("end_offsets")
 
-    def seek(self, positions: Sequence[Position]) -> None:
+    def seek(self, positions: Sequence[Position], leader_epochs: LeaderEpochs = MappingProxyType({})) -> None:
         """
-        See :class:`~streamlstm.transport.interfaces.Source`.
+        See :class:`~streamlstm.transport.interfaces.LiveSource`. Where a partition stands already it is left alone.
 
         Raises :class:`~streamlstm.errors.TopicChanged` unless the positions are those of all partitions there are.
         """
@@ -163,15 +172,24 @@ class KafkaSource:
                 + (f"; new: {new}" if new else "") + (f"; gone: {gone}" if gone else "")
             )  # fmt: skip
         for tp, offset in wanted.items():
-            self._seek(self._by_name[tp], offset)
+            epoch = leader_epochs.get((tp.topic, tp.partition), -1)
+            if self._by_name[tp].cut_end != offset or epoch >= 0:
+                self._seek(self._by_name[tp], offset, epoch)
 
     def poll(self, max_records: int, timeout_s: float) -> Messages | None:
         """See :class:`~streamlstm.transport.interfaces.Source`."""
-        self._fill(0.0)
+        try:
+            self._fill(0.0)
+        except LogGap as error:
+            # What came before the gap is handed over first. The client says it again.
+            if not any(self._by_name[TopicPartition(topic, at)].records for topic, at, _, _ in error.gaps):
+                raise
         if not any(p.records for p in self._partitions):
             self._fill(timeout_s)
+        awaited = self._awaits_news()
         self._listen()
-        self._count_partitions()
+        if awaited:
+            return None
         turns, self._first = take_turns(
             [len(p.records) for p in self._partitions],
             [map(_payload, p.records) for p in self._partitions],
@@ -218,6 +236,10 @@ class KafkaSource:
                 lag[p.tp.topic, p.tp.partition] = max(0, end - position)
         return lag
 
+    def leader_epochs(self) -> LeaderEpochs:
+        """See :class:`~streamlstm.transport.interfaces.LiveSource`."""
+        return {(p.tp.topic, p.tp.partition): p.epoch for p in self._partitions if p.epoch >= 0}
+
     def commit_group_offsets(self, positions: Sequence[Position]) -> None:
         """See :class:`~streamlstm.transport.interfaces.LiveSource`. The group is ``config.name``."""
         self._group.offer(positions)
@@ -255,27 +277,52 @@ class KafkaSource:
             self._offsets("end_offsets", [self._partitions[0].tp], _ASK_TIMEOUT_S)
         self._heard_s = time.monotonic()
 
-    def _count_partitions(self) -> None:
-        """Every so often, whether there are partitions that we do not read. Nobody else would."""
-        now_s = time.monotonic()
-        if now_s - self._counted_s < PARTITIONS_EVERY_S:
-            return
-        self._counted_s = now_s
+    def _awaits_news(self) -> bool:
+        """
+        Whether the client has reason to ask what became of the topics, and has no answer yet.
+
+        A topic that is made anew between two fetches would be read on as if nothing had happened, for fetching goes by
+        name and offset. But the fetch it interrupts fails, and makes the client ask: until it knows, nothing it
+        brought is handed over. Raises :class:`~streamlstm.errors.TopicChanged` for what it was told.
+        """
+        told = news(self._consumer, self._ids)
+        if told.told_ms != self._told_ms or self._gone_since_s is not None:
+            self._heed(told.ids, told.partitions)
+            self._told_ms = told.told_ms
+        return told.awaited
+
+    def _heed(self, ids: Mapping[str, str], partitions: Mapping[str, Iterable[int]]) -> None:
+        """What became of the topics: made anew, with more partitions, or gone."""
+        self._refuse_anew(ids)
         new = [
             _name(TopicPartition(topic, partition))
-            for topic in dict.fromkeys(p.tp.topic for p in self._partitions)
-            for partition in sorted(known_partitions(self._consumer, topic))
+            for topic in self._ids
+            for partition in sorted(partitions[topic])
             if TopicPartition(topic, partition) not in self._by_name
         ]
         if new:
-            raise TopicChanged(f"the input has partitions that were not there at the start; new: {', '.join(new)}")
+            raise TopicChanged(
+                f"the input has partitions that were not there at the start; new: {', '.join(new)}; keys may live "
+                "elsewhere from now on, so start anew with `run --fresh`"
+            )
+        gone = [topic for topic in self._ids if not partitions[topic]]
+        if gone and self._gone_since_s is not None and time.monotonic() - self._gone_since_s >= GONE_AFTER_S:
+            raise TopicChanged(f"{', '.join(gone)}: deleted while it was read")
+        self._gone_since_s = (self._gone_since_s or time.monotonic()) if gone else None
 
-    def _seek(self, partition: _Partition, offset: int) -> None:
+    def _refuse_anew(self, ids: TopicIds) -> None:
+        if anew := [topic for topic, ident in self._ids.items() if ids.get(topic, ident) != ident]:
+            raise TopicChanged(
+                f"{', '.join(anew)}: re-created while it was read (id {self._ids[anew[0]]}, now {ids[anew[0]]}): its "
+                "offsets mean other records; start anew with `run --fresh`"
+            )
+
+    def _seek(self, partition: _Partition, offset: int, epoch: int = -1) -> None:
         """Assign it, too, if this is its first position: the client polls nothing while any partition has none."""
         if partition.read_end is None:
             self._consumer.assign([p.tp for p in self._sought()] + [partition.tp])
-        self._consumer.seek(partition.tp, offset)
-        partition.forget(offset)
+        seek_after(self._consumer, partition.tp, offset, epoch)
+        partition.forget(offset, epoch)
 
     def _sought(self) -> list[_Partition]:
         return [p for p in self._partitions if p.read_end is not None]
@@ -291,17 +338,19 @@ class KafkaSource:
         for p in sought:
             self._pause(p, p is not needed and self._full(p))
         wait_ms = int(1000 * timeout_s)
-        while not all(p.paused for p in sought):
-            fetched = self._fetch(wait_ms)
-            wait_ms = 0
-            for tp, records in fetched.items():
-                partition = self._by_name[tp]
-                partition.add(records)
-                self._pause(partition, partition is not needed and self._full(partition))
-            if not fetched or (needed is not None and self._full(needed)):
-                break
-        for p in sought:
-            p.read_end = self._position(p)
+        try:
+            while not all(p.paused for p in sought):
+                fetched = self._fetch(wait_ms)
+                wait_ms = 0
+                for tp, records in fetched.items():
+                    partition = self._by_name[tp]
+                    partition.add(records)
+                    self._pause(partition, partition is not needed and self._full(partition))
+                if not fetched or (needed is not None and self._full(needed)):
+                    break
+        finally:
+            for p in sought:
+                p.read_end = self._position(p)
 
     def _full(self, partition: _Partition) -> bool:
         return len(partition.records) >= self._most or partition.size >= self._most_bytes
@@ -327,33 +376,39 @@ class KafkaSource:
 
     def _explain(self, error: kafka_errors.KafkaError) -> StreamlstmError:
         if isinstance(error, kafka_errors.OffsetOutOfRangeError):
-            return LogGap("; ".join(self._gap(tp, wanted) for tp, wanted in error.args[0].items()))
+            return self._out_of_range(error.args[0])
         divergent: Mapping[TopicPartition, Any] | None = getattr(error, "divergent_offsets", None)
         if divergent is not None:  # LogTruncationError
-            return LogGap("; ".join(self._cut_back(tp, at) for tp, at in divergent.items()))
+            had = {tp: self._by_name[tp].cut_end or 0 for tp in divergent}
+            return _cut_back(had, {tp: 0 if at is None else at.offset for tp, at in divergent.items()})
         return explain(error, "reading the input")
 
-    def _gap(self, tp: TopicPartition, wanted: int) -> str:
+    def _out_of_range(self, wanted: Mapping[TopicPartition, int]) -> StreamlstmError:
+        """A gap when the log begins later than what is needed; else it is another log, or less of it."""
         try:
-            earliest = self._offsets("beginning_offsets", [tp])[tp]
-            latest = self._offsets("end_offsets", [tp])[tp]
-        except Temporary:
-            return f"{_name(tp)}: offset {wanted} is needed, and the log no longer holds it"
-        held = f"the log holds {earliest} to {latest}"
-        if wanted < earliest:
-            return f"{_name(tp)}: offset {wanted} is needed, but {held}: retention deleted {earliest - wanted} offsets"
-        return f"{_name(tp)}: offset {wanted} is needed, but {held}: it was cut back, or the topic made anew"
-
-    def _cut_back(self, tp: TopicPartition, at: Any) -> str:  # noqa: ANN401, because the client's types are untyped
-        where = "an unknown offset" if at is None else f"offset {at.offset}"
-        consumed = self._by_name[tp].cut_end
-        return f"{_name(tp)}: consumed up to {consumed}, but the log was cut back at {where} (unclean leader election)"
+            self._refuse_anew(self.topic_ids())
+            earliest = self._offsets("beginning_offsets", list(wanted))
+            latest = self._offsets("end_offsets", list(wanted))
+        except (TopicChanged, Temporary) as error:
+            return error
+        beyond = {tp: latest[tp] for tp, offset in wanted.items() if offset > latest[tp]}
+        if beyond:
+            return _cut_back(wanted, beyond)
+        return LogGap(
+            "; ".join(
+                f"{_name(tp)}: offset {offset} is needed, but the log holds {earliest[tp]} to {latest[tp]}: retention "
+                f"deleted {earliest[tp] - offset} offsets"
+                for tp, offset in wanted.items()
+            )
+            + "; set source.on_gap: skip to go on without them, or start anew with `run --fresh`",
+            [(tp.topic, tp.partition, offset, earliest[tp]) for tp, offset in wanted.items() if offset < earliest[tp]],
+        )
 
     def _missing(self, wanted: Range, timeout_s: float) -> StreamlstmError:
         tp = TopicPartition(wanted.topic, wanted.partition)
         end = self._offsets("end_offsets", [tp])[tp]
         if end < wanted.end:
-            return LogGap(self._gap(tp, wanted.end))
+            return self._out_of_range({tp: wanted.end})
         return Temporary(f"{_name(tp)}: offsets {wanted.start} to {wanted.end} did not arrive within {timeout_s:g} s")
 
     def _positions(self, which: str) -> list[Position]:
@@ -367,6 +422,15 @@ class KafkaSource:
                 return getattr(self._consumer, which)(what, timeout_ms=int(1000 * timeout_s))
             except kafka_errors.KafkaError as error:
                 raise explain(error, doing) from error
+
+
+def _cut_back(had: Mapping[TopicPartition, int], ends: Mapping[TopicPartition, int]) -> LogCutBack:
+    told = "; ".join(
+        f"{_name(tp)}: it was read up to offset {had[tp]}, but the log was cut back at "
+        f"{f'offset {end}' if end else 'an unknown offset'} since (unclean leader election)"
+        for tp, end in ends.items()
+    )
+    return LogCutBack(told, {(tp.topic, tp.partition): end for tp, end in ends.items()})
 
 
 def _name(tp: TopicPartition) -> str:
