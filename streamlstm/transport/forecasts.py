@@ -177,7 +177,8 @@ class ForecastWriter:
         rows = Frozen(frozen.values["rows"]) if frozen is not None else None
         place = path.with_name(f".{path.name}.rows")
         self._rows = None
-        if not (finished and rows is not None and rows.values and not place.exists() and path.exists()):
+        # The rows' name was durable before the generation that says finished: only finishing takes it away.
+        if not (finished and path.exists() and not place.exists()):
             self._rows = AppendedFile(place, disk, rows, name=path)
 
     def write(self, report: Report) -> None:
@@ -236,8 +237,8 @@ class ForecastWriter:
             return
         self._rows.close()
         for path in (self._partial, *(() if self._keep else (self._rows.path,))):
-            with suppress(OSError):  # a full disk, perhaps
-                path.unlink(missing_ok=True)
+            with suppress(OSError):  # it is not there, or the disk is full
+                self._disk.remove_tree(path)
 
     def __enter__(self) -> Self:
         return self

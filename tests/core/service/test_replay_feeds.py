@@ -1,4 +1,5 @@
 from collections.abc import Sequence
+from itertools import islice
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ from reports import SECOND_NS, START_NS, make_messages, make_report, make_update
 
 from streamlstm.engine.report import EXPERTS, Outcome, StepReport
 from streamlstm.records.batch import Cut, Messages, Range, RecordBatch, Rejected
+from streamlstm.recovery.progress import positions_after
 from streamlstm.service.replay import Fed, Recorded, Tally, feed_merged, feed_recorded, feed_source, replay
 from streamlstm.transport.interfaces import Position
 
@@ -151,6 +153,26 @@ def test_partitions_are_merged_by_their_heads(
             assert offsets[-1] == r.end - 1
         if m.headers:
             assert all(h == [] or h == [("o", b"%d" % o)] for h, o in zip(m.headers, m.offset.tolist(), strict=True))
+
+
+@given(logs(), st.integers(1, 7), st.lists(st.integers(1, 4), max_size=4))
+@settings(max_examples=200, deadline=None)
+def test_a_merge_goes_on_from_positions_alone(
+    partitions: dict[int, list[tuple[int, int]]], size: int, lives: list[int]
+) -> None:
+    """Cut after any steps, as often as one likes: the steps that follow are those of a merge that was never cut."""
+    log = Log(partitions)
+    starts, ends = [Position("in", p, 0) for p in partitions], [Position("in", p, 31) for p in partitions]
+    whole = [fed.messages for fed in feed_merged(log, starts, ends, 1.0, size)]
+    pieces: list[Messages] = []
+    at: Sequence[Position] = starts
+    for steps in [*lives, 99]:
+        life = [fed.messages for fed in islice(feed_merged(log, at, ends, 1.0, size), steps)]
+        pieces += life
+        at = positions_after(at, [m.cut for m in life])
+    assert [(m.cut, m.value, m.offset.tolist(), m.range_index.tolist()) for m in pieces] == [
+        (m.cut, m.value, m.offset.tolist(), m.range_index.tolist()) for m in whole
+    ]
 
 
 def test_a_partition_far_behind_does_not_make_the_others_pile_up() -> None:

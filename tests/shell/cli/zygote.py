@@ -13,6 +13,10 @@ from pathlib import Path
 
 import streamlstm.cli.replaying  # noqa: F401, because that is what takes long
 from streamlstm.cli.main import main
+from streamlstm.transport.forecasts import ForecastWriter
+
+# Or all rows of a short replay would wait in memory.
+ForecastWriter.__init__.__kwdefaults__["rows_at_once"] = 600
 
 
 def live(argv: list[str], said: str) -> int:
