@@ -18,11 +18,10 @@ from fakes import Crash, Fate, FatedDisk, fingerprint
 
 from streamlstm.cli import replay_inputs
 from streamlstm.cli.asked import Asked
+from streamlstm.cli.engines import engine_maker
 from streamlstm.cli.replaying import Machine, replay_history
 from streamlstm.config.model import Config
-from streamlstm.engine.core import Engine
 from streamlstm.recovery.checkpoint import open_store
-from streamlstm.recovery.resume import EngineMaker
 from streamlstm.transport.forecasts import ForecastWriter
 
 ROWS, STEP = 300, 40
@@ -118,10 +117,7 @@ class World:
             out=here / f"f{self.suffix}", dead_letters=here / "dead.jsonl", strict=False,
             checkpoint_to=here / "kept", resume=True,
         )._replace(**options)  # fmt: skip
-        maker = EngineMaker(
-            lambda: Engine.create(self.config, "cpu"), lambda state: Engine.restore(self.config, "cpu", state)
-        )
-        machine = Machine(maker, fingerprint(), disk, start=lambda work: work())
+        machine = Machine(engine_maker(self.config, "cpu"), fingerprint(), disk, start=lambda work: work())
         (said,) = replay_history(self.config, asked, as_json=True, machine=machine)
         return {name: value for name, value in json.loads(said).items() if name != "seconds"}
 
