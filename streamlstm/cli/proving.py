@@ -9,6 +9,7 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from streamlstm.cli.delivery import progress_log
 from streamlstm.cli.device import prepare_device
 from streamlstm.cli.engines import engine_maker
 from streamlstm.cli.options import suggest
@@ -23,7 +24,6 @@ from streamlstm.recovery.proof import Bench, Mismatch, Verdict, expected_differe
 from streamlstm.service.logging import configure_logging
 from streamlstm.transport.deadline import Deadline
 from streamlstm.transport.kafka.preflight import preflight
-from streamlstm.transport.kafka.progress import KafkaProgressLog
 from streamlstm.transport.kafka.source import KafkaSource
 
 
@@ -38,7 +38,7 @@ def prove_chain(loaded: Loaded, first: int, last: int | None, *, as_json: bool) 
         deadline = Deadline(config.runtime.deadline)
         stack.callback(deadline.close)
         store = open_store(config.checkpoint.url)
-        chain = read_chain(KafkaProgressLog(config, deadline).read(), config.name)
+        chain = read_chain(progress_log(config, deadline).read(), config.name)
         generation = find_start(store, chain, first)
         until = chain.last_step if last is None else min(last, chain.last_step)
         expected = expected_differences(chain, generation, until, take_fingerprint(device, config.runtime.threads))

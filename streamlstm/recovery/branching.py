@@ -50,7 +50,7 @@ def revert(
     publisher.begin_session()  # 3
     chain = read_chain(progress.read(), name)  # 4
     if chain.tip is None:
-        raise DataError(f"the progress topic of {name!r} is empty: there is nothing to go back from")
+        raise DataError(f"the progress log of {name!r} is empty: there is nothing to go back from")
     reason = why_not_on(chain, generation)  # 5
     if reason is not None:
         raise CheckpointError(f"the chain cannot go back to the checkpoint of step {step}: {reason}")

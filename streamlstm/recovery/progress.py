@@ -413,7 +413,7 @@ def _range(entry: ProgressEntry, record: Steps, ranged: tuple[int, int, int, int
 
 
 def _refuse(entry: ProgressEntry, what: str, cause: Exception | None = None) -> NoReturn:
-    raise ProgressError(f"progress topic, offset {entry.offset}: {what}") from cause
+    raise ProgressError(f"progress log, offset {entry.offset}: {what}") from cause
 
 
 def positions_after(positions: Sequence[Position], cuts: Sequence[Cut]) -> tuple[Position, ...]:

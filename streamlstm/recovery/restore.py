@@ -136,7 +136,7 @@ def _check(store: CheckpointStore, generation: Generation, rules: Rules, what: s
     made_way = any(step_of_bad(name) == generation.step for name in store.bad() if name != what)
     if rules.trims and generation.step < oldest and not made_way:
         raise CheckpointError(
-            f"{here} is older than the oldest in {store.name}, of step {oldest}, and the progress topic is trimmed "
+            f"{here} is older than the oldest in {store.name}, of step {oldest}, and the progress log is trimmed "
             "up to that one (sink.progress.trim): nothing could be replayed"
         )
 

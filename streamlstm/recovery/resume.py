@@ -1,5 +1,5 @@
 """
-Start-up: from a directory, a progress topic and an input log to an engine that goes on as if it had never stopped.
+Start-up: from a directory, a progress log and an input log to an engine that goes on as if it had never stopped.
 
 The order is a law, and is numbered in :func:`resume`. Each part may be cut by a kill anywhere: the next start does the
 same again and ends in the same state.
@@ -274,7 +274,7 @@ def _read_progress(world: World, terms: Terms, found: _Found) -> tuple[_Found, C
             return found, chain
         aside = f" ({', '.join(world.store.bad())} were put aside as bad)" if world.store.bad() else ""
         error = CheckpointError(
-            f"the progress topic holds {chain.last_step} steps of {name!r}, but {world.store.name} has no "
+            f"the progress log holds {chain.last_step} steps of {name!r}, but {world.store.name} has no "
             f"checkpoint{aside}: bring it back, have everything computed again by `run --rebuild-from-log`, or start "
             "anew with `run --fresh`"
         )
@@ -514,7 +514,7 @@ def _rebuild(world: World, terms: Terms, chain: Chain, refusal: StreamlstmError)
     first = next(chain.after(0), None)
     if chain.origin is None or (first is not None and first.number != 1):
         raise ProgressError(
-            "--rebuild-from-log needs the progress topic from its first record, and its front was trimmed "
+            "--rebuild-from-log needs the progress log from its first record, and its front was trimmed "
             f"(sink.progress.trim): start anew with `run --fresh`; {refusal}"
         )
     settings, maker = terms.settings, chain.incarnation(first.incarnation) if first else None
@@ -559,7 +559,7 @@ def _steps_to_replay(chain: Chain, generation: Generation, settings: Settings) -
     pending = chain.to_replay(generation.step)
     if pending and pending[0].number != generation.step + 1:
         raise ProgressError(
-            f"the progress topic goes on with step {pending[0].number}, but the checkpoint is of step {generation.step}"
+            f"the progress log goes on with step {pending[0].number}, but the checkpoint is of step {generation.step}"
         )
     _check_positions(chain, generation)
     if pending:

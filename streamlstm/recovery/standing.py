@@ -23,7 +23,7 @@ def why_not_on(chain: Chain, generation: Generation) -> str | None:
         if made.progress is None:
             return None
         raise ProgressError(
-            f"the progress topic is empty, but {here} stands on its offset {made.progress.offset}: is this the right "
+            f"the progress log is empty, but {here} stands on its offset {made.progress.offset}: is this the right "
             "cluster and topic? If the topic is lost, the deployment can only start anew, in another state directory"
         )
     if generation.step == 0 and generation.digest in chain.zeros:
@@ -31,10 +31,10 @@ def why_not_on(chain: Chain, generation: Generation) -> str | None:
     _check_lineage(chain, generation)
     if made.progress is None:
         if chain.trimmed and made.lineage == chain.lineage:
-            raise Unusable(f"the progress topic was trimmed, but {here} needs it from its first record")
+            raise Unusable(f"the progress log was trimmed, but {here} needs it from its first record")
     elif made.progress.offset < chain.first.offset and made.lineage == chain.lineage:
         raise Unusable(
-            f"the progress topic begins at offset {chain.first.offset}, but {here} stands on offset "
+            f"the progress log begins at offset {chain.first.offset}, but {here} stands on offset "
             f"{made.progress.offset}: it must keep its records (cleanup.policy=delete, retention.ms=-1); "
             "`run --fresh` starts anew"
         )
@@ -52,7 +52,7 @@ def _check_lineage(chain: Chain, generation: Generation) -> None:
     if generation.step == 0 and made.revision > chain.revision:
         raise Unusable("`run --fresh` was cut short before the new beginning counted: run it again")
     raise ProgressError(
-        f"the progress topic belongs to run {chain.lineage} and the checkpoint of step {generation.step} to run "
+        f"the progress log belongs to run {chain.lineage} and the checkpoint of step {generation.step} to run "
         f"{made.lineage}: another host started this deployment first, or one of the two was brought back from elsewhere"
     )
 
@@ -61,7 +61,7 @@ def _why_not_zero(chain: Chain, made: Provenance) -> str:
     if made.lineage != chain.lineage:
         return f"the deployment began anew since, with revision {chain.revision}"
     raise Unusable(
-        f"the progress topic began with another generation 0 than the one in this state directory, run "
+        f"the progress log began with another generation 0 than the one in this state directory, run "
         f"{made.lineage}: another host started this deployment first"
     )
 

@@ -448,7 +448,7 @@ class Daemon:
             try:
                 self._world.progress.trim(outcome.oldest.offset)
             except StreamlstmError as error:
-                self._log.warning("the progress topic was not trimmed", error=str(error))
+                self._log.warning("the progress log was not trimmed", error=str(error))
 
     def _fail(self, outcome: Failed) -> None:
         self._observer.observe_checkpoint(

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import random
 import signal
 import time
@@ -26,7 +25,7 @@ from streamlstm.service.encode import ForecastEncoder
 
 RECORDS = 20_000
 SERIES = 40
-KILLS = int(os.environ.get("STREAMLSTM_TEST_KILLS", "5"))
+EVERY = {"records": 4000, "time": "1h"}
 
 
 def fill(deployment: Deployment, partitions: int = 2, records: int = RECORDS) -> None:
@@ -49,7 +48,7 @@ def serve(tmp_path: Path) -> Generator[Callable[..., Service], None, None]:
 
     def make(deployment: Deployment, **sections: object) -> Service:
         sink = {"delivery": "idempotent", "progress": {"trim": False}}
-        state = {"url": str(tmp_path / "state"), "every": {"records": 4000, "time": "1h"}}
+        state = {"url": str(tmp_path / "state"), "every": EVERY}
         made.append(Service(deployment, tmp_path, sink=sink, checkpoint=state, **sections))
         return made[-1]
 
@@ -82,19 +81,21 @@ def recomputed(deployment: Deployment, service: Service, chain: Chain) -> tuple[
     return forecasts, engine.state().digests()
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("kills", [5, pytest.param(60, marks=pytest.mark.soak)])
 def test_killed_again_and_again_all_is_there_and_no_copy_differs(
     cluster: Cluster,
     deploy: Callable[..., Deployment],
     serve: Callable[..., Service],
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
+    kills: int,
 ) -> None:
     deployment = deploy(cluster, delivery="idempotent").with_topics(partitions=2)
     fill(deployment)
     service = serve(deployment)
     rng = random.Random(17)
-    for kill, target in enumerate(sorted(rng.randrange(1, int(0.9 * RECORDS)) for _ in range(KILLS))):
+    for kill, target in enumerate(sorted(rng.randrange(1, int(0.9 * RECORDS)) for _ in range(kills))):
         service.start()
         if kill % 3 == 2:
             time.sleep(rng.uniform(0.5, 3.0))
@@ -111,7 +112,7 @@ def test_killed_again_and_again_all_is_there_and_no_copy_differs(
     chain = chain_of(deployment, tmp_path)
     entries = Journal(tmp_path / "state" / "journal").read()
     starts = [r for e in entries if isinstance(r := decode_record(e), Incarnation)]
-    assert len({i.after for i in starts}) > KILLS / 2, "killed in between, not always at the same step"
+    assert len({i.after for i in starts}) > kills / 2, "killed in between, not always at the same step"
     forecasts, digests = recomputed(deployment, service, chain)
     published = seen(deployment, service.config.forecast_topic)
     assert set(published) == forecasts
@@ -124,7 +125,7 @@ def test_killed_again_and_again_all_is_there_and_no_copy_differs(
     assert main(["replay", "-c", str(service.file), "--cuts", "progress", "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert told["recorded_digests"] == {"compared": chain.last_step, "differing": 0}
-    print(f"{KILLS} kills, {len(starts)} starts, {len(published) - len(forecasts)} second copies of {RECORDS} records")
+    print(f"{kills} kills, {len(starts)} starts, {len(published) - len(forecasts)} second copies of {RECORDS} records")
 
 
 @pytest.mark.timeout(300)

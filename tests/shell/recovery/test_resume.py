@@ -275,7 +275,7 @@ def test_a_checkpoint_without_its_progress_is_refused_and_kept(tmp_path):
     broker.progress.clear()
     before = open_store(state).steps()
 
-    with pytest.raises(ProgressError, match="the progress topic is empty"):
+    with pytest.raises(ProgressError, match="the progress log is empty"):
         Process(broker, state).run()
     assert open_store(state).steps() == before
 
