@@ -14,10 +14,11 @@ from streamlstm.cli.device import prepare_device
 from streamlstm.cli.engines import engine_maker
 from streamlstm.config.keys import config_hash, identity_values, learning_values
 from streamlstm.config.model import Config
-from streamlstm.errors import ConfigError
+from streamlstm.errors import ConfigError, LogCutBack
 from streamlstm.records.batch import Messages, RecordBatch
 from streamlstm.records.decode import Decoder, compile_decoder
 from streamlstm.recovery.background import BackgroundWriter
+from streamlstm.recovery.branching import way_back
 from streamlstm.recovery.checkpoint import CheckpointStore, Keep, open_store
 from streamlstm.recovery.fingerprint import take_fingerprint
 from streamlstm.recovery.generations import Settings
@@ -75,6 +76,8 @@ def serve(config: Config, asked: Asked) -> None:
 
         try:
             run_sessions(begin, stop, log)
+        except LogCutBack as error:
+            raise LogCutBack(f"{error}; {way_back(store, error.ends)}", error.ends) from error
         except StoppedEarly:
             log.info("stopped while starting")
 

@@ -5,7 +5,7 @@ Only the branch record decides. Until it is committed nothing is changed; from t
 beyond it left behind, and puts them aside as it does any other that the chain does not know.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from streamlstm.errors import CheckpointError, DataError
@@ -90,6 +90,18 @@ def commit_record(
     except Fenced as error:
         raise judge_fenced(error, progress, chain.tip, incarnation) from error
     return ProgressEntry(offset, value)
+
+
+def way_back(store: CheckpointStore, ends: Mapping[tuple[str, int], int]) -> str:
+    """What to do about a log that is what it was up to these offsets only: the newest generation that saw no more."""
+    for step in reversed(store.steps()):
+        try:
+            positions = store.header(step).generation.provenance.positions
+        except CheckpointError:
+            continue
+        if all(p.next_offset <= ends.get((p.topic, p.partition), p.next_offset) for p in positions):
+            return f"go back to before it with `streamlstm checkpoint revert {step}`, and start again"
+    return "no checkpoint is as old as that, so start anew with `run --fresh`"
 
 
 def check_excluded(ranges: Sequence[Range], positions: Sequence[Position], step: int) -> None:

@@ -10,7 +10,7 @@ end the process instead.
 from collections.abc import Callable
 from typing import Protocol
 
-from streamlstm.errors import StartOver
+from streamlstm.errors import StartOver, Temporary, Unavailable
 from streamlstm.service.stopping import Stop
 
 TRIES = 3
@@ -50,7 +50,8 @@ def run_sessions(begin: Callable[[], Session], stop: Stop, log: Log) -> None:
     ``begin`` and run sessions until one ends as asked.
 
     A :class:`~streamlstm.errors.StartOver` begins the next one; the last of :data:`TRIES` in a row without a commit
-    is raised. Every other error is.
+    is raised. Every other error is, but a broker that does not answer any more, having answered once, is
+    :class:`~streamlstm.errors.Temporary`.
     """
     failed = 0
     while True:
@@ -66,5 +67,9 @@ def run_sessions(begin: Callable[[], Session], stop: Stop, log: Log) -> None:
             if session is not None:
                 session.abandon()
             stop.wait(PAUSE_S * failed)
+        except Unavailable as error:
+            if not failed:
+                raise
+            raise Temporary(f"starting over after a failed transaction: {error}") from error
         else:
             return

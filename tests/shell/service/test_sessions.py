@@ -3,7 +3,7 @@ from dataclasses import replace
 import pytest
 from fakes import Broker, MemoryPublisher, Process, message
 
-from streamlstm.errors import StartOver
+from streamlstm.errors import StartOver, Temporary, Unavailable
 from streamlstm.service import sessions
 from streamlstm.service.daemon import Daemon
 from streamlstm.service.sessions import TRIES, run_sessions
@@ -72,6 +72,32 @@ def test_failures_in_a_row_end_the_process(tmp_path):
     with pytest.raises(StartOver):
         live(process)
     assert publisher.asked == TRIES
+
+
+def test_a_broker_that_is_gone_when_starting_over_is_a_reason_to_be_restarted(tmp_path):
+    """It was there before, so nobody has to look at an address."""
+
+    class Gone(FailingPublisher):
+        def begin_session(self) -> None:
+            if self.asked:
+                raise Unavailable("none answers")
+            super().begin_session()
+
+    process = Process(filled(), tmp_path)
+    process.world = replace(process.world, publisher=Gone(process, lost={3}))
+    with pytest.raises(Temporary, match="starting over after a failed transaction: none answers"):
+        live(process)
+
+
+def test_a_broker_that_was_never_there_is_unreachable(tmp_path):
+    class Absent(MemoryPublisher):
+        def begin_session(self) -> None:
+            raise Unavailable("none answers")
+
+    process = Process(filled(), tmp_path)
+    process.world = replace(process.world, publisher=Absent(process.source.broker, process.fate))
+    with pytest.raises(Unavailable):
+        live(process)
 
 
 def test_failures_with_commits_between_them_do_not_add_up(tmp_path):
