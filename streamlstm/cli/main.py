@@ -14,6 +14,7 @@ from streamlstm import __version__
 from streamlstm.cli.groups import Entry, LazyGroup
 from streamlstm.cli.options import examples
 from streamlstm.errors import ConfigError, StreamlstmError
+from streamlstm.transport.deadline import end
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 
@@ -48,6 +49,13 @@ def cli() -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code; leave with it where a call that hangs would hold up the end."""
+    code = _run(argv)
+    end(code)
+    return code
+
+
+def _run(argv: Sequence[str] | None) -> int:
     """
     Run one command and return its exit code.
 

@@ -38,6 +38,7 @@ from streamlstm.config.urls import ObjectUrl
 from streamlstm.errors import CheckpointError, ConfigError, StreamlstmError, Temporary
 from streamlstm.recovery.generations import MANIFEST, digest_manifest, parse_manifest
 from streamlstm.recovery.place import name_of, step_of_bad
+from streamlstm.transport.deadline import underway
 
 LIMIT_S = 28.0
 """Longest wait for one call."""
@@ -467,8 +468,10 @@ class _Caller:
 
 def _serve(line: _Line) -> None:
     while True:
-        with suppress(BaseException):  # of an upload nobody waits for
-            line.get()()
+        call = line.get()
+        with suppress(BaseException), underway():  # what an upload that nobody waits for says at its end
+            call()
+        del call
 
 
 def _read_all(filesystem: pafs.FileSystem, path: str) -> bytes:

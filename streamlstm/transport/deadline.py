@@ -1,6 +1,7 @@
 """A process that waits for ever helps nobody: past a deadline it leaves, and its supervisor starts it again."""
 
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Generator
@@ -17,6 +18,28 @@ def leave(message: str) -> None:
     """
     os.write(2, f"streamlstm: {message}\n".encode())
     os._exit(Temporary.exit_code)
+
+
+_underway: set[object] = set()
+
+
+@contextmanager
+def underway() -> Generator[None, None, None]:
+    """Inside, a call is made that nothing can end, and that the end of the process would wait for."""
+    token = object()
+    _underway.add(token)
+    try:
+        yield
+    finally:
+        _underway.discard(token)
+
+
+def end(code: int) -> None:
+    """Leave with this exit code if a call is still :func:`underway`; else return, for an orderly end."""
+    if _underway:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
 
 
 class Deadline:

@@ -2,6 +2,8 @@
 
 import os
 import socket
+import subprocess
+import sys
 import threading
 import time
 import uuid
@@ -138,3 +140,31 @@ def test_a_note_tells_who_came_last(url):
     open_store(url).open()
 
     assert open_store(url)._place.get("opened-by") == f"{socket.gethostname()} {os.getpid()}\n".encode()
+
+
+def test_a_process_ends_at_once_with_its_own_code_while_a_call_hangs():
+    script = """
+import sys
+from streamlstm.cli.main import main
+from streamlstm.errors import Superseded
+from streamlstm.cli import main as module
+
+def command(**_):
+    from streamlstm.recovery.checkpoint import CheckpointStore, open_store
+    place = open_store(sys.argv[1])._place
+    place._caller._limit_s = 1.0
+    try:
+        place.open()
+    except OSError as error:
+        raise Superseded(f"after {error}") from error
+
+module.cli.main = command
+sys.exit(main())
+"""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"s3://bucket/prefix?scheme=http&endpoint_override=127.0.0.1:{silent.getsockname()[1]}"
+        began = time.monotonic()
+        ended = subprocess.run([sys.executable, "-c", script, url], capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stderr.count("did not answer within 1 s")) == (76, 1), ended.stderr
+    print(f"ended after {time.monotonic() - began:.1f} s")
+    assert time.monotonic() - began < 30
