@@ -51,18 +51,20 @@ def main() -> None:
         store.write(state, made)
         store.close()
         shutil.copytree(Path(scratch) / "state" / f"{step:020d}", out / f"{step:020d}")
-    after = streams.part(batch, BEFORE, BEFORE + AFTER)
-    report = engine.step(after)
+    then = streams.part(batch, BEFORE, BEFORE + AFTER)
+    # Records alone: what else a batch may hold is no matter of what was stored.
+    code = np.array([int(then.series[i].key[1:]) for i in then.code])
+    report = engine.step(streams.batch_of(code, then.time_ns, then.target, then.broker_ns, then.offset))
     (out / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
     told = {
         "step": step,
         "digests": state.digests(),
         "then": {
-            "code": [int(ident.key[1:]) for ident in (after.series[i] for i in after.code)],
-            "offset": after.offset.tolist(),
-            "time_ns": after.time_ns.tolist(),
-            "broker_ns": after.broker_ns.tolist(),
-            "target": _plain(after.target),
+            "code": code.tolist(),
+            "offset": then.offset.tolist(),
+            "time_ns": then.time_ns.tolist(),
+            "broker_ns": then.broker_ns.tolist(),
+            "target": _plain(then.target),
         },
         "yhat": [_plain(row) for row in report.forecasts.yhat_MK],
     }
