@@ -598,7 +598,7 @@ class Process:
 
     def begin(self) -> Ready:
         """Start up, and no more."""
-        startup = Startup(self.watching, self.journal, self.stop, self.clock)
+        startup = Startup(self.watching, self.journal, self.stop, self.clock, self.terms.fingerprint)
         self.ready = resume(self.world, self.terms, startup)
         startup.ready(self.ready)
         self.daemon = Daemon(

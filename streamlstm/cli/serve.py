@@ -14,13 +14,15 @@ from streamlstm.cli.device import prepare_device
 from streamlstm.cli.engines import engine_maker
 from streamlstm.config.keys import config_hash, identity_values, learning_values
 from streamlstm.config.model import Config
+from streamlstm.engine.core import Engine
+from streamlstm.engine.selftest import dependent_rows
 from streamlstm.errors import ConfigError, LogCutBack
 from streamlstm.records.batch import Messages, RecordBatch
 from streamlstm.records.decode import Decoder, compile_decoder
 from streamlstm.recovery.background import BackgroundWriter
 from streamlstm.recovery.branching import way_back
 from streamlstm.recovery.checkpoint import CheckpointStore, Keep, open_store
-from streamlstm.recovery.fingerprint import take_fingerprint
+from streamlstm.recovery.fingerprint import Fingerprint, doubt_rows, take_fingerprint
 from streamlstm.recovery.generations import Settings
 from streamlstm.recovery.resume import Terms, World, resume
 from streamlstm.service.daemon import Daemon, Log, Pace, Startup, StoppedEarly
@@ -57,6 +59,8 @@ def serve(config: Config, asked: Asked) -> None:
     for warning in (*preflight(config.source), *check_topics(config)):
         log.warning(warning)
 
+    fingerprint = _check_machine(config, device, log)
+
     stop = Stop()
     with ExitStack() as stack:
         stack.enter_context(signals_stop(stop, config.runtime.shutdown_timeout, leave))
@@ -64,10 +68,10 @@ def serve(config: Config, asked: Asked) -> None:
         store = open_store(config.checkpoint.url).open()
         stack.callback(store.close)
         observer = _watch(stack, config, device, log)
-        world, terms = _world(stack, store, config, device, _warned(decoder, log)), _terms(config, device, asked)
+        world, terms = _world(stack, store, config, device, _warned(decoder, log)), _terms(config, fingerprint, asked)
 
         def begin() -> Daemon:
-            startup = Startup(observer, log, stop, time.monotonic)
+            startup = Startup(observer, log, stop, time.monotonic, fingerprint)
             ready = resume(world, terms, startup)
             startup.ready(ready)
             writer = BackgroundWriter(world.store, Keep(config.checkpoint.keep.last, config.checkpoint.keep.daily))
@@ -118,11 +122,27 @@ def _world(
     )
 
 
-def _terms(config: Config, device: str, asked: Asked) -> Terms:
+def _check_machine(config: Config, device: str, log: Log) -> Fingerprint:
+    """
+    The fingerprint, with what the self-test found.
+
+    Raises :class:`~streamlstm.errors.ConfigError` when rows are not independent and ``on_mismatch`` is ``fail``.
+    """
+    doubts = doubt_rows(dependent_rows(Engine.create(config, device).shape, device))
+    for told in doubts.values():
+        if config.checkpoint.on_mismatch == "fail":
+            raise ConfigError(
+                f"checkpoint.on_mismatch: fail: the self-test failed, bits cannot be promised here: {told}"
+            )
+        log.error("the self-test failed: bits cannot be promised here, and no digest will be compared", what=told)
+    return take_fingerprint(device, config.runtime.threads) | doubts
+
+
+def _terms(config: Config, fingerprint: Fingerprint, asked: Asked) -> Terms:
     return Terms(
         settings=Settings(config.name, config_hash(config), identity_values(config), learning_values(config)),
         start=config.source.start,
-        fingerprint=take_fingerprint(device, config.runtime.threads),
+        fingerprint=fingerprint,
         on_mismatch=config.checkpoint.on_mismatch,
         read_timeout_s=config.runtime.deadline,
         on_gap=config.source.on_gap,

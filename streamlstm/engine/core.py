@@ -121,6 +121,11 @@ class Engine:
             *scoring.columns(len(EXPERTS), self._horizons),
         ]
 
+    @property
+    def shape(self) -> Shape:
+        """The network's axes."""
+        return self._learner.shape
+
     @classmethod
     def create(cls, config: Config, device: str) -> "Engine":
         """A fresh engine, from the configuration's seed."""

@@ -1,21 +1,27 @@
 """
 What bits depend on besides the log and the configuration: library versions, the CPU, its instruction sets, the device.
 
-Two runs with equal fingerprints give equal bits; with others they give the same answer up to rounding.
+Two runs with equal fingerprints give equal bits; with others they give the same answer up to rounding. ``golden`` is
+the digest of what a fixed step comes to here, whatever the names say. ``rows`` is there only where the self-test
+failed: such a machine agrees with none, not even with itself.
 """
 
 import os
 import platform
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from streamlstm import __version__
+from streamlstm.engine.selftest import golden_step
 
 Fingerprint = Mapping[str, str]
+
+ROWS = "rows"
 
 # Instruction sets that make a matrix multiplication take another path; the rest of the flags change no bit.
 _FLAGS = re.compile(r"^(sse4_2|avx|avx2|fma|avx512\w*|avx_\w+|amx_\w+|asimd\w*|sve\w*|bf16|f16c)$")
@@ -40,6 +46,7 @@ def take_fingerprint(device: str, threads: int) -> dict[str, str]:
         "mkl": _library(r"Math Kernel Library Version (\S+)") if torch.backends.mkl.is_available() else "off",
         "threads": str(threads),
         "device": _describe(device),
+        "golden": _golden(device),
         "switches": " ".join(f"{name}={os.environ[name]}" for name in _SWITCHES if name in os.environ),
     }
 
@@ -51,11 +58,22 @@ def compare_fingerprints(then: Fingerprint, now: Fingerprint) -> list[str]:
     >>> compare_fingerprints({"torch": "2.12.0", "cpu": "A"}, {"torch": "2.13.0", "cpu": "A"})
     ['torch was 2.12.0 and is 2.13.0']
     """
-    return [
+    told = [
         f"{name} was {then.get(name) or 'not set'} and is {now.get(name) or 'not set'}"
-        for name in sorted({*then, *now})
+        for name in sorted({*then, *now} - {ROWS})
         if then.get(name) != now.get(name)
     ]
+    return told + [f"{when} {side[ROWS]}" for when, side in (("then", then), ("now", now)) if ROWS in side]
+
+
+def doubt_rows(parts: Sequence[str]) -> dict[str, str]:
+    """
+    What a fingerprint says besides, where the self-test found parts of the network whose rows depend on each other.
+
+    >>> doubt_rows([]), doubt_rows(["head"])
+    ({}, {'rows': 'a row of the head depended on the rows beside it'})
+    """
+    return {ROWS: f"a row of the {' and the '.join(parts)} depended on the rows beside it"} if parts else {}
 
 
 def parse_cpuinfo(text: str) -> tuple[str, str]:
@@ -74,6 +92,11 @@ def parse_cpuinfo(text: str) -> tuple[str, str]:
     model = fields.get("model name") or fields.get("cpu part") or ""
     flags = (fields.get("flags") or fields.get("features") or "").split()
     return model, " ".join(sorted(flag for flag in flags if _FLAGS.match(flag)))
+
+
+@cache
+def _golden(device: str) -> str:
+    return golden_step(device)[:16]
 
 
 def _describe(device: str) -> str:

@@ -122,6 +122,7 @@ class Ready:
 
     ``generation`` is the newest that is durable, ``refused`` were newer and bad. ``tip`` is the chain's newest record,
     our own incarnation. ``replayed_records`` were consumed since ``generation``. ``excluded`` ranges are passed over.
+    ``differences`` is why bits are not those of the processes before, in words, whether or not anything was replayed.
     """
 
     engine: Steppable
@@ -137,6 +138,7 @@ class Ready:
     replayed_steps: int
     replayed_records: int
     rebased: bool
+    differences: tuple[str, ...]
     phases_s: Mapping[str, float]
 
 
@@ -210,7 +212,8 @@ def resume(world: World, terms: Terms, witness: Witness) -> Ready:
     if lost and (rebuilt or terms.on_gap == "fail"):
         raise _gone(lost)
     makers = _fingerprints(chain, generation, pending)
-    differences = _differences(makers, terms.fingerprint) if pending else []
+    unlike = _differences(makers, terms.fingerprint)
+    differences = unlike if pending else []
 
     rebases = bool(differences) and terms.on_mismatch == "rebase"
     ident = world.new_id()
@@ -251,6 +254,7 @@ def resume(world: World, terms: Terms, witness: Witness) -> Ready:
         replayed_steps=len(pending),
         replayed_records=records,
         rebased=bool(differences),
+        differences=tuple(unlike),
         phases_s=laps.spent,
     )
 

@@ -19,6 +19,7 @@ from streamlstm.records.decode import refuse_rejected
 from streamlstm.recovery.background import BackgroundWriter, Failed, Kept, Outcome
 from streamlstm.recovery.checkpoint import Refused
 from streamlstm.recovery.exclusions import drop_excluded
+from streamlstm.recovery.fingerprint import ROWS, Fingerprint
 from streamlstm.recovery.generations import Provenance
 from streamlstm.recovery.progress import Gap, Link, digest_record, encode_record, positions_after, record_steps
 from streamlstm.recovery.repetition import Repeated
@@ -508,8 +509,11 @@ class StoppedEarly(Exception):
 class Startup:
     """What start-up finds, told to the log and the observer as it is found."""
 
-    def __init__(self, observer: Observer, log: Log, stop: Stop, monotonic_s: Callable[[], float]) -> None:
+    def __init__(
+        self, observer: Observer, log: Log, stop: Stop, monotonic_s: Callable[[], float], fingerprint: Fingerprint
+    ) -> None:
         self._observer, self._log, self._stop, self._monotonic_s = observer, log, stop, monotonic_s
+        self._fingerprint = fingerprint
         observer.observe_phase("starting")
         self._told_s = float("-inf")
 
@@ -567,6 +571,7 @@ class Startup:
                 step=ready.engine.step_number,
                 replayed_steps=ready.replayed_steps,
                 rebased=ready.rebased,
+                reproducible=ROWS not in self._fingerprint,
                 quarantined=len(ready.refused),
                 phases_s=ready.phases_s,
                 checkpoint_step=ready.generation.step,
@@ -580,6 +585,7 @@ class Startup:
             checkpoint=ready.generation.step,
             replayed_steps=ready.replayed_steps,
             rebased=ready.rebased,
+            bits="; ".join(ready.differences) or "can be expected to match",
             incarnation=ready.incarnation,
         )
 

@@ -165,7 +165,8 @@ def _families(topics: Sequence[str] | None, horizons: Sequence[str] | None) -> t
         Family(
             "fingerprint_matches",
             "gauge",
-            "0 when recorded steps were replayed on other libraries or another CPU: same records, other bits.",
+            "0 when recorded steps were replayed on other libraries or another CPU, or the self-test failed: same "
+            "records, other bits.",
         ),
     )
 
@@ -222,7 +223,7 @@ class Metrics:
         of["resumes_total"].labels(resumed.source).inc()
         of["replayed_steps_total"].inc(resumed.replayed_steps)
         of["checkpoints_quarantined_total"].inc(resumed.quarantined)
-        of["fingerprint_matches"].set(not resumed.rebased)
+        of["fingerprint_matches"].set(resumed.reproducible and not resumed.rebased)
         of["checkpoint_last_success_timestamp_seconds"].set(resumed.checkpoint_at_s)
         for phase, duration_s in resumed.phases_s.items():
             of["resume_duration_seconds"].labels(phase).set(duration_s)

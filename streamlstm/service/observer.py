@@ -33,6 +33,7 @@ class Resumed:
 
     ``source``: nothing there (``fresh``), the newest generation (``checkpoint``), or an older one because newer ones
     were bad (``fallback``). ``rebased``: recorded steps were replayed with other bits than they were made with.
+    ``reproducible``: false where the self-test failed, so that this machine would not give its own bits again.
     ``phases_s`` is the time spent by phase (``load``, ``progress``, ``replay``).
     """
 
@@ -44,6 +45,7 @@ class Resumed:
     phases_s: Mapping[str, float]
     checkpoint_step: int
     checkpoint_at_s: float
+    reproducible: bool = True
 
 
 @dataclass(frozen=True, slots=True)

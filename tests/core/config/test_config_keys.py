@@ -10,6 +10,7 @@ from streamlstm.config.keys import (
     identity_values,
     learning_values,
     values,
+    with_learning,
 )
 from streamlstm.config.model import Config, Duration, format_duration
 
@@ -82,3 +83,13 @@ def test_a_duration_is_written_as_it_is_read(microseconds):
     seconds = microseconds / 1e6
     if seconds <= 3650 * 86_400:
         assert TypeAdapter(Duration).validate_python(format_duration(seconds)) == pytest.approx(seconds, rel=1e-15)
+
+
+def test_a_configuration_may_be_put_under_other_learning_values():
+    config = made()
+    other = with_learning(config, {"training.k1": 3, "training.k2": 40, "training.optimizer.lr": 0.5, "gone.key": 1})
+
+    assert (other.training.k1, other.k2, other.learning_rate) == (3, 40, 0.5)
+    assert identity_values(other) == identity_values(config)
+    assert with_learning(config, learning_values(config)) is config
+    assert learning_values(with_learning(other, learning_values(config))) == learning_values(config)

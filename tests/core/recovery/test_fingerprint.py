@@ -2,7 +2,7 @@ import os
 
 import torch
 
-from streamlstm.recovery.fingerprint import compare_fingerprints, parse_cpuinfo, take_fingerprint
+from streamlstm.recovery.fingerprint import compare_fingerprints, doubt_rows, parse_cpuinfo, take_fingerprint
 
 
 def test_a_process_agrees_with_itself():
@@ -35,3 +35,18 @@ def test_versions_are_in_it():
 
 def test_an_unreadable_cpuinfo_is_no_error():
     assert parse_cpuinfo("") == ("", "")
+
+
+def test_the_fingerprint_holds_what_a_golden_step_comes_to():
+    assert len(take_fingerprint("cpu", 1)["golden"]) == 16
+    assert compare_fingerprints({"golden": "a"}, {"golden": "b"}) == ["golden was a and is b"]
+
+
+def test_where_the_self_test_failed_nothing_matches_not_even_itself():
+    doubtful = {"cpu": "any"} | doubt_rows(["cell state", "head"])
+
+    (told, again) = compare_fingerprints(doubtful, doubtful)
+    assert told == "then a row of the cell state and the head depended on the rows beside it"
+    assert again.startswith("now ")
+    assert len(compare_fingerprints({"cpu": "any"}, doubtful)) == 1
+    assert {"cpu": "any"} | doubt_rows([]) == {"cpu": "any"}

@@ -24,6 +24,7 @@ from streamlstm.errors import (
 )
 from streamlstm.recovery.checkpoint import open_store
 from streamlstm.recovery.disk import Disk
+from streamlstm.recovery.fingerprint import doubt_rows
 from streamlstm.recovery.progress import Incarnation, Steps, decode_record, read_chain
 from streamlstm.transport.interfaces import Fenced, ProgressEntry
 
@@ -524,6 +525,56 @@ def test_on_another_cpu_it_may_be_told_to_refuse(tmp_path):
     with pytest.raises(ConfigError, match="cpu was any and is other"):
         Process(broker, state, cpu="other", on_mismatch="fail").run()
     assert not decode_record(broker.progress[-1]).rebased
+
+
+def doubtful(broker: Broker, state: Path, **options) -> Process:
+    """A machine that failed its self-test."""
+    process = Process(broker, state, pace=replace(KEEP_ALL, checkpoint_every_records=1000), **options)
+    process.terms = replace(process.terms, fingerprint=process.terms.fingerprint | doubt_rows(["head"]))
+    return process
+
+
+def test_a_machine_that_failed_its_self_test_compares_no_digest_and_says_so(tmp_path):
+    broker, state = filled(), tmp_path / "state"
+    process = doubtful(broker, state)
+    process.begin()
+    assert process.daemon is not None
+    for _ in range(6):
+        process.daemon.turn()
+    process.store.close()
+    broker.inputs["in"][0][0] = message("s0", 99.0)  # as if it had computed something else
+
+    again = doubtful(broker, state)
+    again.run()
+
+    assert again.ready is not None
+    assert again.ready.replayed_steps > 0
+    assert again.ready.rebased
+    incarnations = [r for e in broker.progress if isinstance(r := decode_record(e), Incarnation)]
+    assert [i.rebased for i in incarnations] == [False, True]
+    assert "head" in incarnations[0].fingerprint["rows"]
+    assert again.watching.resumed[0].reproducible is False
+
+
+def test_a_machine_that_failed_its_self_test_may_be_told_not_to_replay(tmp_path):
+    broker, state = filled(), tmp_path / "state"
+    crash_after(broker, state, 6, pace=KEEP_ALL)
+
+    with pytest.raises(ConfigError, match="a row of the head depended on the rows beside it"):
+        doubtful(broker, state, on_mismatch="fail").run()
+
+
+@pytest.mark.parametrize(("cpu", "told"), [("any", "can be expected to match"), ("other", "cpu was any and is other")])
+def test_the_ready_line_says_whether_bits_can_be_expected_to_match(tmp_path, cpu, told):
+    broker, state = filled(), tmp_path / "state"
+    Process(broker, state).run()
+
+    process = Process(broker, state, cpu=cpu)
+    process.run()
+
+    ((_, _, facts),) = [line for line in process.journal.lines if line[1] == "ready"]
+    assert facts["bits"] == told
+    assert facts["rebased"] is False, "nothing was replayed"
 
 
 def test_a_replay_that_gives_another_output_is_refused(tmp_path):
