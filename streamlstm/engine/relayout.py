@@ -9,14 +9,17 @@ are windows that were queued at another length. Weights, moments, carries, score
 Axes: S series of a chunk, R entries of a ring.
 """
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from streamlstm.engine.state import EngineState
 from streamlstm.series.ledger import NEVER
 
+_SERIES_AT_ONCE = 4096
 _NO_TIME = -(1 << 63)
 """Where a retained timestamp is not known: no record has it."""
 
@@ -39,7 +42,7 @@ def relayout(state: EngineState, then: Layout, now: Layout) -> Relaid:
     """``state`` as an engine of the layout ``now`` takes it; itself where nothing changed. No tensor is written to."""
     if then == now:
         return Relaid(state, 0)
-    chunks = [_relay_chunk(chunk, then, now) for chunk in _chunks_of(state.columns)]
+    chunks = [_relay_chunk(chunk, then, now) for chunk in _chunks_of(state) if chunk]
     columns = {name: [chunk[name] for chunk in chunks] for name in state.columns}
     training, meta, left_out = state.training, state.meta, 0
     if then.k2 != now.k2:
@@ -58,10 +61,13 @@ def relayout(state: EngineState, then: Layout, now: Layout) -> Relaid:
     return Relaid(relaid, left_out)
 
 
-def _chunks_of(columns: dict[str, list[Tensor]]) -> list[dict[str, Tensor]]:
-    counts = {len(chunks) for chunks in columns.values()}
-    assert len(counts) <= 1, "all columns are divided alike"
-    return [{name: chunks[i] for name, chunks in columns.items()} for i in range(max(counts, default=0))]
+def _chunks_of(state: EngineState) -> Iterator[dict[str, Tensor]]:
+    """All columns of some series at a time, on the CPU; one piece without rows where there is no series."""
+    for start in range(0, len(state.series), _SERIES_AT_ONCE):
+        rows = np.arange(start, min(start + _SERIES_AT_ONCE, len(state.series)))
+        yield {name: state.take(name, rows) for name in state.columns}
+    if not state.series:
+        yield {name: like for name in state.columns if (like := state.like(name)) is not None}
 
 
 def _relay_chunk(chunk: dict[str, Tensor], then: Layout, now: Layout) -> dict[str, Tensor]:
