@@ -9,6 +9,7 @@ import stat
 import subprocess
 import sys
 import textwrap
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -564,7 +565,7 @@ def attempt(store: CheckpointStore) -> CheckpointNotWritten | None:
     return None
 
 
-@pytest.mark.parametrize("number", [errno.EIO, errno.ENOSPC])
+@pytest.mark.parametrize("number", [errno.EIO, errno.ENOSPC, errno.EROFS])
 def test_whichever_operation_fails_the_previous_generation_loads(tmp_path, number):
     at = 0
     while True:
@@ -593,6 +594,37 @@ def test_whichever_operation_fails_the_previous_generation_loads(tmp_path, numbe
         assert store.load(3).state.digests() == state(3).digests()
         store.close()
     assert at > 20
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ENOSPC, errno.EROFS])
+def test_whichever_operation_of_looking_after_it_fails_nothing_that_is_whole_is_lost(tmp_path, number):
+    """Opening with leftovers, putting aside, pruning: each operation fails once, and doing it again mends it."""
+    for at in itertools.count(1):
+        directory = tmp_path / f"{at}"
+        first = open_store(directory).open()
+        write(first, 1, 2, 3, 4)
+        first.close()
+        shutil.copytree(directory / f"{4:020d}", directory / ".tmp-00000000000000000005-1")
+        (directory / f"{4:020d}" / "model.pt").write_bytes(b"")
+        disk = Failing(at, number)
+        store = open_store(directory, disk)
+        with suppress(ConfigError, CheckpointNotWritten):
+            store.open()
+            store.put_aside(4)
+            store.prune(Keep(1))
+        store.close()
+        again = open_store(directory).open()
+        if 4 in again.steps():
+            again.put_aside(4)
+        loaded, refused = again.newest()
+        assert loaded is not None
+        assert (loaded.generation.step, refused) == (3, [])
+        assert again.prune(Keep(1)) == ""
+        assert (again.steps(), len(again.bad())) == ([3], 1)
+        again.close()
+        if not disk.failed:
+            break
+    assert at > 6
 
 
 def test_wherever_the_process_is_killed_the_previous_generation_loads(tmp_path):
