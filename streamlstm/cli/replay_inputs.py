@@ -334,6 +334,7 @@ def _open_recorded(
             if step.number <= span.last
         ]
         _check_ids(span.topic_ids, cluster.source.topic_ids())
+        cluster.source.pass_over(span.excluded)
         cluster.source.seek(span.positions)
         left = sum(r.end - r.start for step in steps for r in step.cut)
         total = left + (begun.messages if begun else 0)

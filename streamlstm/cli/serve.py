@@ -31,6 +31,7 @@ from streamlstm.service.http import HttpServer
 from streamlstm.service.logging import configure_logging
 from streamlstm.service.observer import Observers
 from streamlstm.service.sessions import run_sessions
+from streamlstm.service.sightings import Sightings
 from streamlstm.service.stopping import Stop, signals_stop
 from streamlstm.service.watch import watch
 from streamlstm.transport.deadline import Deadline, leave
@@ -45,6 +46,9 @@ class Asked:
 
     fresh: bool = False
     rebuild: bool = False
+
+
+_SEVERAL = "a key is on more than one partition of its topic: on each it is a series of its own"
 
 
 def serve(config: Config, asked: Asked) -> None:
@@ -168,6 +172,7 @@ def _pace(config: Config) -> Pace:
 def _warned(decoder: Decoder, log: Log) -> Callable[[Messages], RecordBatch]:
     """Decode, and say once of each kind what an operator may not expect."""
     told: set[str] = set()
+    sightings = Sightings()
 
     def tell(what: str) -> None:
         if what not in told:
@@ -182,6 +187,8 @@ def _warned(decoder: Decoder, log: Log) -> Callable[[Messages], RecordBatch]:
             tell("decode.tombstone: messages without a value start the series of their key anew")
         elif batch.skipped:
             tell("decode.tombstone: messages without a value are passed over")
+        if _SEVERAL not in told and sightings.see(batch.series):
+            tell(_SEVERAL)
         return batch
 
     return decode

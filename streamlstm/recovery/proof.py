@@ -23,7 +23,7 @@ from streamlstm.recovery.progress import Chain, RecordedStep
 from streamlstm.recovery.resume import Decode
 from streamlstm.recovery.segments import Segments
 from streamlstm.recovery.standing import why_not_on
-from streamlstm.transport.interfaces import Source
+from streamlstm.transport.interfaces import LiveSource
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +31,7 @@ class Bench:
     """What computing again takes: where states and input come from, and how an engine is made of a state."""
 
     store: CheckpointStore
-    source: Source
+    source: LiveSource
     decode: Decode
     maker: EngineMaker
     settings: Settings
@@ -171,6 +171,7 @@ def recompute(bench: Bench, chain: Chain, loaded: Loaded, last: int) -> Iterator
     excluded = made.excluded if chain.excluded is None else chain.excluded
     segments = Segments(bench.maker, chain, loaded)
     del loaded  # the engine has its own copy
+    bench.source.pass_over(excluded)
     bench.source.seek(made.positions)
     for step in steps:
         messages = bench.source.read(step.cut, bench.read_timeout_s)

@@ -32,6 +32,7 @@ from streamlstm.engine.report import Outcome, StepReport
 from streamlstm.records.batch import REASONS, Range
 from streamlstm.service.observer import Checkpointed, Committed, Phase, Resumed, StepTimings
 from streamlstm.service.scores import bucket_horizons
+from streamlstm.service.sightings import Sightings
 from streamlstm.service.status import Status
 
 PREFIX = "streamlstm_"
@@ -142,6 +143,12 @@ def _families(topics: Sequence[str] | None, horizons: Sequence[str] | None) -> t
         ),
         Family("prequential_samples", "gauge at scrape", "Settled forecasts in the window.", horizon),
         Family("series_active", "gauge", "Series with a state in memory."),
+        Family(
+            "keys_on_several_partitions_total",
+            "counter",
+            "Keys found on a second partition of their topic, where they are another series; with very many keys some "
+            "count again.",
+        ),
         Family("series_warming", "gauge", "Those of them that are still warming."),
         Family("checkpoints_total", "counter", "Checkpoints attempted.", {"outcome": ("written", "failed")}),
         Family("checkpoint_last_success_timestamp_seconds", "gauge", "When the newest durable checkpoint was made."),
@@ -188,6 +195,7 @@ class Metrics:
         disable_created_metrics()  # a second series per counter that nobody asks for
         self.registry = CollectorRegistry()
         self._buckets = bucket_horizons(horizons)
+        self._sightings = Sightings()
         families = {f.name: f for f in _families(topics, [b.label for b in self._buckets])}
         self._of: dict[str, Any] = {
             f.name: _make(f, self.registry) for f in families.values() if f.kind not in ("info", "gauge at scrape")
@@ -236,6 +244,7 @@ class Metrics:
             of["step_duration_seconds"].labels(stage).observe(duration_s)
         for topic, size in received_bytes.items():
             of["received_bytes_total"].labels(topic).inc(size)
+        of["keys_on_several_partitions_total"].inc(self._sightings.see(report.batch.series))
         for reason, count in report.resets.items():
             of["state_resets_total"].labels(reason).inc(count)
         of["series_active"].set(report.series_total)

@@ -1,6 +1,6 @@
 import numpy as np
 
-from streamlstm.records.batch import Messages, Range
+from streamlstm.records.batch import Messages, Range, Unread
 from streamlstm.recovery.exclusions import drop_excluded
 
 
@@ -36,3 +36,21 @@ def test_all_of_a_cut_may_be_excluded():
     assert dropped == 9
     assert len(kept) == len(kept.offset) == 0
     assert kept.cut == messages().cut
+
+
+def test_a_batch_that_could_not_be_unpacked_is_dropped_with_all_its_records() -> None:
+    cut = (Range("in", 0, 0, 20),)
+    bomb, junk = Unread(3, 7, 5, "too large"), Unread(10, 14, 5, "not gzip")
+    given = Messages(
+        cut=cut,
+        range_index=np.zeros(3, np.int32),
+        offset=np.array([2, 7, 14]),
+        broker_ns=np.full(3, -1),
+        key=[None] * 3,
+        value=[b"x", None, None],
+        unread={1: bomb, 2: junk},
+    )
+    rest, dropped = drop_excluded(given, [Range("in", 0, 3, 8)])
+    assert dropped == 5
+    assert rest.offset.tolist() == [2, 14]
+    assert rest.unread == {1: junk}

@@ -1,6 +1,7 @@
 import gzip
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ from prometheus_client.parser import text_string_to_metric_families as parse_tex
 from reports import SECOND_NS, START_NS, make_report, make_update
 
 from streamlstm.engine.report import EXPERTS, Outcome
-from streamlstm.records.batch import Rejected
+from streamlstm.records.batch import Rejected, SeriesId
 from streamlstm.service.metrics import PREFIX, Metrics, describe
 from streamlstm.service.observer import Checkpointed, Committed, Observer, Resumed, StepTimings
 from streamlstm.service.scores import WindowedScores
@@ -236,3 +237,20 @@ def test_what_runs_is_said_by_labels() -> None:
     body, _ = Watched().metrics.render("text/plain")
     assert re.search(rb'streamlstm_config_info\{cell="lstm",config_hash="01234567"\} 1\.0', body)
     assert re.search(rb'streamlstm_build_info\{device="cpu",.*version="0.1.0"\} 1\.0', body)
+
+
+def test_keys_on_several_partitions_are_counted():
+    watched = Watched()
+    for partition in (0, 1):
+        report = make_report(records=1)
+        batch = replace(report.batch, series=(SeriesId("in", partition, "a"),))
+        watched.tell("observe_step", replace(report, batch=batch), TIMINGS, {"in": 1})
+    assert watched.value("keys_on_several_partitions_total") == 1
+
+
+def test_a_dead_letter_for_a_whole_batch_counts_its_records():
+    watched = Watched()
+    unread = Rejected("in", 0, 9, 0, "codec", "", "offsets 0 to 9", 10)
+    watched.tell("observe_commit", commit(make_report(records=0, undecoded=[unread])))
+    assert watched.value("dead_letters_total", "codec") == 10
+    assert watched.value("records_total", "dead") == 10
