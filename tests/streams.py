@@ -1,15 +1,20 @@
 """Random streams for the engine's laws: many series, and everything that can happen to a record."""
 
+import dataclasses
 import itertools
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from streamlstm.config.model import Config
 from streamlstm.engine.core import Engine
 from streamlstm.engine.report import StepReport
+from streamlstm.engine.state import EngineState
 from streamlstm.records.batch import Range, RecordBatch, Rejected, SeriesId
+from streamlstm.series.table import Rows
 
 SECOND = 1_000_000_000
 
@@ -141,16 +146,71 @@ def chosen(
 
 
 def run(
-    config: Config, batch: RecordBatch, cuts: list[int], resumes: frozenset[int] = frozenset()
-) -> tuple[Engine, list[StepReport]]:
+    config: Config, batch: RecordBatch, cuts: list[int], resumes: frozenset[int] = frozenset(), kind: Any = Engine
+) -> tuple[Any, list[StepReport]]:
     """Feed the batch in steps that end at ``cuts``; after the steps in ``resumes`` a restored engine goes on."""
-    engine = Engine.create(config, "cpu")
+    engine = kind.create(config, "cpu")
     reports: list[StepReport] = []
     for i, (start, end) in enumerate(itertools.pairwise(cuts)):
         reports.append(engine.step(part(batch, start, end)))
         if i in resumes:
-            engine = Engine.restore(config, "cpu", engine.state())
+            engine = kind.restore(config, "cpu", engine.state())
     return engine, reports
+
+
+class Shelf:
+    """Series beyond memory, in a dictionary. See :class:`~streamlstm.engine.state.Stored`."""
+
+    origin, until = "", None
+
+    def __init__(self, held: dict[SeriesId, Rows]) -> None:
+        self.held = held
+
+    def places(self) -> list[tuple[str, int]]:
+        return sorted({(one.topic, one.partition) for one in self.held})
+
+    def rows(self, topic: str, partition: int) -> Iterator[Rows]:
+        return (rows for one, rows in self.held.items() if (one.topic, one.partition) == (topic, partition))
+
+    def close(self) -> None:
+        pass
+
+
+class Shelved:
+    """An engine whose series leave for a shelf, and come back when they have a record."""
+
+    def __init__(self, engine: Engine, held: dict[SeriesId, Rows]) -> None:
+        self.engine, self.held = engine, held
+        self.left = self.returned = 0
+
+    @classmethod
+    def create(cls, config: Config, device: str) -> "Shelved":
+        return cls(Engine.create(config, device), {})
+
+    @classmethod
+    def restore(cls, config: Config, device: str, state: EngineState) -> "Shelved":
+        held = dict(state.stored.held) if isinstance(state.stored, Shelf) else {}
+        return cls(Engine.restore(config, device, state), held)
+
+    def step(self, batch: RecordBatch) -> StepReport:
+        back = [self.held.pop(one) for one in self.engine.absent(batch) if one in self.held]
+        returning = None
+        if back:
+            columns = {name: torch.cat([rows.columns[name] for rows in back]) for name in back[0].columns}
+            returning = Rows(tuple(one for rows in back for one in rows.series), columns)
+        report = self.engine.step(batch, returning)
+        if leaving := self.engine.evict():
+            self.held |= {one: leaving.pick(np.array([i])) for i, one in enumerate(leaving.series)}
+        until = self.engine.forgets_until
+        if until is not None:
+            seen = {one: int(rows.columns["seen_ns"]) for one, rows in self.held.items()}
+            self.held = {one: rows for one, rows in self.held.items() if seen[one] > until}
+        self.left += len(leaving or ())
+        self.returned += len(back)
+        return report
+
+    def state(self) -> EngineState:
+        return dataclasses.replace(self.engine.state(), stored=Shelf(dict(self.held)))
 
 
 def outputs(reports: list[StepReport]) -> dict[str, bytes]:

@@ -19,11 +19,12 @@ from rich.table import Table
 
 from streamlstm.cli.board import Board, show, show_skill
 from streamlstm.cli.device import prepare_device
-from streamlstm.config.keys import config_hash
+from streamlstm.cli.engines import engine_maker
+from streamlstm.config.keys import config_hash, learning_values
 from streamlstm.config.model import Config
-from streamlstm.engine.core import Engine
 from streamlstm.errors import ConfigError
 from streamlstm.records.decode import compile_decoder
+from streamlstm.recovery.making import Steppable
 from streamlstm.service.http import HttpServer
 from streamlstm.service.logging import configure_logging
 from streamlstm.service.observer import Committed, StepTimings
@@ -62,7 +63,7 @@ def demonstrate(source: Literal["host", "synthetic"] | None, seconds: int, port:
     device = prepare_device(config)
     seen = watch(config, config_hash(config), device)
     board = Board(_AHEAD)
-    loop = _Loop(config, Engine.create(config, device), made, seen, board)
+    loop = _Loop(config, engine_maker(config, device).create(learning_values(config)), made, seen, board)
     with _served(seen, port) as address:
         what = "this machine" if kind == "host" else f"generated series, {_SPEED:g} s of theirs in one of ours,"
         until = f"for {seconds} s" if seconds else "until Ctrl-C"
@@ -81,7 +82,7 @@ class _Loop:
     """Poll → decode → step → observe: the service's loop, with nothing to publish to."""
 
     def __init__(
-        self, config: Config, engine: Engine, source: HostSource | SyntheticSource, seen: Watch, board: Board
+        self, config: Config, engine: Steppable, source: HostSource | SyntheticSource, seen: Watch, board: Board
     ) -> None:
         self._decode = compile_decoder(config.decode).decode
         self._engine = engine

@@ -1,6 +1,7 @@
 """How the commands make engines."""
 
 from collections.abc import Mapping
+from pathlib import Path
 
 import structlog
 
@@ -11,21 +12,28 @@ from streamlstm.engine.relayout import Layout, relayout
 from streamlstm.engine.state import EngineState
 from streamlstm.recovery.making import EngineMaker
 from streamlstm.recovery.progress import Value
+from streamlstm.recovery.stored import Room, TieredEngine
 
 
-def engine_maker(config: Config, device: str) -> EngineMaker:
-    """Engines of a configuration under any values of its learning keys, and states taken over from one to another."""
+def engine_maker(config: Config, device: str, directory: Path | None = None) -> EngineMaker:
+    """
+    Engines of a configuration under any values of its learning keys, and states taken over from one to another.
+
+    ``directory``: see :class:`~streamlstm.recovery.stored.Room`.
+    """
     log = structlog.get_logger("streamlstm")
 
-    def create(learning: Mapping[str, Value]) -> Engine:
-        return Engine.create(with_learning(config, learning), device)
+    room = Room(directory)
 
-    def restore(state: EngineState, then: Mapping[str, Value], now: Mapping[str, Value]) -> Engine:
+    def create(learning: Mapping[str, Value]) -> TieredEngine:
+        return TieredEngine(Engine.create(with_learning(config, learning), device), room)
+
+    def restore(state: EngineState, then: Mapping[str, Value], now: Mapping[str, Value]) -> TieredEngine:
         after = with_learning(config, now)
         relaid = relayout(state, _layout(with_learning(config, then)), _layout(after))
         if keys := changed(then, now):
             log.info("learning keys were changed", step=state.step, keys=keys, windows_left_out=relaid.windows_left_out)
-        return Engine.restore(after, device, relaid.state)
+        return TieredEngine.of(Engine.restore(after, device, relaid.state), room, relaid.state)
 
     return EngineMaker(create, restore)
 

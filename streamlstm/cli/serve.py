@@ -25,6 +25,7 @@ from streamlstm.recovery.checkpoint import CheckpointStore, Keep, open_store
 from streamlstm.recovery.fingerprint import Fingerprint, doubt_rows, take_fingerprint
 from streamlstm.recovery.generations import Settings
 from streamlstm.recovery.resume import Terms, World, resume
+from streamlstm.recovery.stored import SCRATCH
 from streamlstm.service.daemon import Daemon, Log, Pace, Startup, StoppedEarly
 from streamlstm.service.encode import ForecastEncoder
 from streamlstm.service.http import HttpServer
@@ -118,7 +119,7 @@ def _world(
         publisher=delivery.publisher,
         progress=delivery.progress,
         decode=decode,
-        maker=engine_maker(config, device),
+        maker=engine_maker(config, device, store.directory / SCRATCH if store.directory else None),
         monotonic_s=time.monotonic,
         wall_s=time.time,
         new_id=lambda: secrets.token_hex(8),

@@ -409,8 +409,12 @@ class Series(Section):
     its series."""
     gap_reset: Duration | None = key(None, "identity")
     """Silence after which the carry starts from zero; `null` = never."""
-    max_series: int = key(100_000, "identity", ge=1, le=100_000_000)
-    """Records of series beyond this many are skipped and counted."""
+    max_series: int = key(100_000, "free", ge=1, le=100_000_000)
+    """Series kept in memory, at least `training.max_wait`. Beyond, the least recently seen wait on the local disk and
+    come back with their next record; no bit depends on it."""
+    ttl: Duration | None = key(None, "identity")
+    """A series not seen for this long is forgotten, and starts anew when it comes back; `null` = never. Measured by
+    the newest broker timestamp (event time where there is none) of all series, so the log alone decides."""
 
 
 class Model(Section):
@@ -660,6 +664,10 @@ def _conflicts(config: Config) -> Iterator[Conflict]:
     calendar = config.model.calendar
     if len(set(calendar)) != len(calendar):
         yield Conflict("model.calendar", "name each phase once", ("model.calendar",))
+    if config.series.max_series < config.training.max_wait:
+        least = config.training.max_wait
+        fix = f"write at least training.max_wait = {least}, or a smaller one: series seen within it stay in memory"
+        yield Conflict("series.max_series", fix, ("series.max_series", "training.max_wait"))
     least = config.model.horizons + config.training.k1
     if config.k2 < least:
         # The key to blame is the one that was set: k2 if it is a number, k1 if k2 followed the horizons.

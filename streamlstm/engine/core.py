@@ -36,14 +36,17 @@ from streamlstm.learning.model import Prepared, Shape
 from streamlstm.learning.tbptt import Learner, Settings, Windows
 from streamlstm.records.batch import I64, RecordBatch, Rejected, SeriesId
 from streamlstm.series import scaling, scoring
-from streamlstm.series.admission import Admitted, Rules, Verdict, admit, clock_columns
+from streamlstm.series.admission import BEGINNING, Admitted, Rules, Verdict, admit, clock_columns
 from streamlstm.series.calendar import Calendar
 from streamlstm.series.ledger import Ledger
 from streamlstm.series.season import SeasonRing
-from streamlstm.series.table import Column, Selection, SeriesTable
+from streamlstm.series.table import Column, Rows, Selection, SeriesTable
 
 INPUT_LIMIT = 6.0
 CHANGE_GAIN = 3.0
+
+EVICTED_AT_ONCE = 128
+"""One in so many of ``series.max_series`` leave beyond what must, so that not every step evicts."""
 
 
 class _Rows(NamedTuple):
@@ -72,6 +75,7 @@ class Engine:
         self._rules = Rules.of(config)
         self._alpha = scaling.smoothing(config.season)
         self._max_wait = config.training.max_wait
+        self._max_series = config.series.max_series
 
         self._ledger = Ledger(self._horizons, self._k1, device)
         self._season = SeasonRing(config.season, self._horizons, self._k1, device) if config.season else None
@@ -93,11 +97,15 @@ class Engine:
         # A window's records outlive the block they join in: at most k1 more of the series can follow in it.
         self._window_ring = self._k2 + self._k1
         self._saved_ring = -(-self._k2 // self._k1) + 1
-        self._table = SeriesTable(self._columns(shape), device)
+        columns = self._columns(shape)
+        self._table = SeriesTable(columns, device)
+        clocks = {"last_fresh", *(column.name for column in clock_columns(self._k2))}
+        self._beside_clocks = [column for column in columns if column.name not in clocks]
         self._queue = UpdateQueue(self._k1, config.training.batch_series, self._max_wait)
         self._queued: list[_Queued] = []
         self._fresh = 0
         self._warming = 0
+        self._watermark = BEGINNING
         self.step_number = 0
 
     def _columns(self, shape: Shape) -> list[Column]:
@@ -136,20 +144,28 @@ class Engine:
         """
         An engine that goes on exactly where ``state`` was taken.
 
+        Series that are stored elsewhere are not its business: they return one by one with :meth:`step`.
+
         Raises :class:`ValueError` naming what in the state does not fit the configuration.
         """
         engine = cls(config, device)
         engine._load(state)
         return engine
 
-    def step(self, batch: RecordBatch) -> StepReport:
+    def absent(self, batch: RecordBatch) -> list[SeriesId]:
+        """The series of a batch that have no state here: new ones, and those that left."""
+        return [series for series in batch.series if series not in self._table.slot_of]
+
+    def step(self, batch: RecordBatch, returning: Rows | None = None) -> StepReport:
         """
-        Take in one cut.
+        Take in one cut. ``returning`` are those of its series that had left, as they were when they left.
 
         1. Admit every record by its own series' clock. 2. Plan the updates. 3. Block by block: settle, forecast, then
-        queue windows and learn where the plan says so.
+        queue windows and learn where the plan says so. 4. Drop the states that will be forgotten.
         """
-        admitted = admit(self._table, self._rules, batch)
+        if returning is not None:
+            self.take_in(returning)
+        admitted = admit(self._table, self._rules, batch, self._watermark)
         joins = self._boundaries(admitted)
         fires = self._plan(admitted, joins)
         work = _Work(batch, admitted, joins, self._horizons, self._device)
@@ -174,12 +190,78 @@ class Engine:
             start = stop
         self._fresh += len(work)
         self._warming += admitted.warming_change
+        self._watermark = admitted.watermark
         self.step_number += 1
-        return self._report(work, tuple(updates), self._resets(admitted, zeroed))
+        forgotten = self._drop_forgotten() + int(admitted.forgotten_M.sum())
+        return self._report(work, tuple(updates), self._resets(admitted, zeroed), forgotten)
 
     @staticmethod
     def _resets(admitted: Admitted, zeroed: int) -> dict[str, int]:
         return {"gap": admitted.gap_resets, "control": admitted.control_resets, "non_finite": zeroed}
+
+    def take_in(self, rows: Rows) -> None:
+        """Series that had left are here again."""
+        self._table.put(rows)
+        self._warming += self._count_warming(rows)
+
+    def evict(self) -> Rows | None:
+        """
+        If there are more than ``series.max_series``: the least recently seen leave, until there are a few less.
+
+        None that was seen within the last ``max_wait`` fresh records: those count for the update queue, and only they
+        can have a window in it. So whether and when a series left changes no bit, as long as it returns with its next
+        record.
+        """
+        excess = len(self._table) - self._max_series
+        if excess <= 0:
+            return None
+        idle = self._unqueued(self._table.at_most("last_fresh", self.needs_after))
+        count = min(len(idle), excess + self._max_series // EVICTED_AT_ONCE)
+        if not count:
+            return None
+        last_fresh = self._table.gather("last_fresh", self._table.select(idle)).numpy()
+        rows = self._table.take(idle[np.argsort(last_fresh)[:count]])
+        self._warming -= self._count_warming(rows)
+        return rows
+
+    @property
+    def warming(self) -> int:
+        """How many of the series that are here are warming."""
+        return self._warming
+
+    @property
+    def forgets_until(self) -> int | None:
+        """States of series seen no later than this (by ``seen_ns``) are never needed again. ``None``: all are."""
+        return None if self._rules.ttl is None else self._watermark - self._rules.ttl
+
+    @property
+    def needs_after(self) -> int:
+        """Series whose last fresh record (``last_fresh``) is a later one must be here: they count for the queue."""
+        return self._fresh - self._max_wait
+
+    def _drop_forgotten(self) -> int:
+        """
+        Drop what the watermark proves will be forgotten; how many.
+
+        At the end of a step, and all of it, so that it does not show how the log was divided. Series that count for
+        the update queue stay a while.
+        """
+        if self.forgets_until is None or self.forgets_until < BEGINNING:
+            return 0
+        slots = self._unqueued(self._table.at_most("seen_ns", self.forgets_until))
+        if not len(slots):
+            return 0
+        last_fresh = self._table.gather("last_fresh", self._table.select(slots)).numpy()
+        gone = self._table.take(slots[last_fresh <= self.needs_after])
+        self._warming -= self._count_warming(gone)
+        return len(gone)
+
+    def _unqueued(self, slots: I64) -> I64:
+        """Without those that have a window queued: from before ``max_wait`` was made shorter, until the next record."""
+        return slots[~np.isin(slots, self._queue.slots)] if self._queue.slots else slots
+
+    def _count_warming(self, rows: Rows) -> int:
+        return int(((rows.columns["clock"] > 0) & (rows.columns["age"] < self._rules.warm_age)).sum())
 
     def state(self) -> EngineState:
         """A snapshot: immutable, and free but for names; while it is held, a step puts aside what it overwrites."""
@@ -196,6 +278,7 @@ class Engine:
             training=training,
             meta={
                 "fresh": self._fresh,
+                "watermark": self._watermark,
                 "learner": self._learner.counters(),
                 "queue": {
                     "series": [list(self._table.series[slot] or ()) for slot in self._queue.slots],
@@ -223,7 +306,7 @@ class Engine:
             position = np.zeros(len(usable), np.int64)
             newest_ns = np.array(queue["newest_ns"], np.int64)
             self._queued = [_Queued(Windows(**tensors), position, usable, newest_ns)]
-        self._fresh = meta["fresh"]
+        self._fresh, self._watermark = meta["fresh"], meta["watermark"]
         self._warming = len(self._table) - self._table.count_above("age", self._rules.warm_age - 1)
         self.step_number = state.step
 
@@ -268,7 +351,12 @@ class Engine:
         table, admitted = self._table, work.admitted
         by_series = table.select(rows.slot_B)
         by_row = table.select(rows.slot_B[rows.series_N])
-        restart_B = admitted.restart_M[rows.fresh_N[: rows.waves[0]]]
+        first_B = rows.fresh_N[: rows.waves[0]]
+        forgotten_B, restart_B = admitted.forgotten_M[first_B], admitted.restart_M[first_B]
+        if forgotten_B.any():
+            forgotten = table.select(rows.slot_B[forgotten_B])
+            for column in self._beside_clocks:
+                table.fill(column.name, forgotten, column.fill)
         if restart_B.any():
             self._restart(table.select(rows.slot_B[restart_B]))
 
@@ -455,7 +543,9 @@ class Engine:
             lag_ns=max(0, now_ns - newest_ns),
         )
 
-    def _report(self, work: "_Work", updates: tuple[Update, ...], resets: Mapping[str, int]) -> StepReport:
+    def _report(
+        self, work: "_Work", updates: tuple[Update, ...], resets: Mapping[str, int], forgotten: int
+    ) -> StepReport:
         admitted, batch = work.admitted, work.batch
         warming_M = admitted.age_M < self._rules.warm_age
         outcome_N = np.zeros(len(batch), np.uint8)
@@ -465,7 +555,6 @@ class Engine:
         for verdict, outcome in (
             (Verdict.LATE, late),
             (Verdict.DUPLICATE, Outcome.DUPLICATE),
-            (Verdict.SKIPPED, Outcome.SKIPPED),
             (Verdict.FUTURE, Outcome.DEAD),
         ):
             outcome_N[verdict_N == verdict] = outcome
@@ -489,6 +578,7 @@ class Engine:
             resets=resets,
             series_total=len(self._table),
             series_warming=self._warming,
+            evictions={"ttl": forgotten},
             undecoded=self._undecoded,
         )
 

@@ -9,15 +9,16 @@ are windows that were queued at another length. Weights, moments, carries, score
 Axes: S series of a chunk, R entries of a ring.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from streamlstm.engine.state import EngineState
+from streamlstm.engine.state import EngineState, RelaidStored
 from streamlstm.series.ledger import NEVER
+from streamlstm.series.table import Rows
 
 _SERIES_AT_ONCE = 4096
 _NO_TIME = -(1 << 63)
@@ -57,6 +58,9 @@ def relayout(state: EngineState, then: Layout, now: Layout) -> Relaid:
         weights=state.weights,
         training=training,
         meta=meta,
+        stored=RelaidStored(state.stored, lambda rows: Rows(rows.series, _relay_chunk(rows.columns, then, now)))
+        if state.stored
+        else None,
     )
     return Relaid(relaid, left_out)
 
@@ -70,7 +74,7 @@ def _chunks_of(state: EngineState) -> Iterator[dict[str, Tensor]]:
         yield {name: like for name in state.columns if (like := state.like(name)) is not None}
 
 
-def _relay_chunk(chunk: dict[str, Tensor], then: Layout, now: Layout) -> dict[str, Tensor]:
+def _relay_chunk(chunk: Mapping[str, Tensor], then: Layout, now: Layout) -> dict[str, Tensor]:
     relaid = dict(chunk)
     age_S, clock_S = chunk["age"], chunk["clock"]
     ring_then, ring_now = then.k2 + then.k1, now.k2 + now.k1
@@ -99,7 +103,7 @@ def _by_age(ring_SR: Tensor, age_S: Tensor, width: int, fill: int) -> Tensor:
     return relaid
 
 
-def _saved(chunk: dict[str, Tensor], ring_then: int, now: Layout) -> dict[str, Tensor]:
+def _saved(chunk: Mapping[str, Tensor], ring_then: int, now: Layout) -> dict[str, Tensor]:
     """The saved carries that a window still to come will start from, and whose window is held from there on."""
     width = -(-now.k2 // now.k1) + 1
     saved_SR, age_S1 = chunk["saved_age"], chunk["age"].unsqueeze(1)
@@ -118,7 +122,7 @@ def _saved(chunk: dict[str, Tensor], ring_then: int, now: Layout) -> dict[str, T
 
 
 def _by_clock(
-    chunk: dict[str, Tensor], clock_name: str, names: list[str], clock_S: Tensor, width: int
+    chunk: Mapping[str, Tensor], clock_name: str, names: list[str], clock_S: Tensor, width: int
 ) -> dict[str, Tensor]:
     """The newest entries at their places in a ring of another length. An entry may be as wide as several numbers."""
     made_SR = chunk[clock_name]

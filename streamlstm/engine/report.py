@@ -6,7 +6,7 @@ Axes: N records of the batch, M fresh records (those that were forecast), K hori
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import IntEnum
 
 import numpy as np
@@ -87,7 +87,8 @@ class StepReport:
     record, which ended as ``undecoded``: ``DEAD``, or ``SKIPPED`` by policy and then not in ``rejected``.
     ``resets`` counts carries that start from zero, by reason: after a ``gap``, after a tombstone (``control``), or
     because they were ``non_finite``.
-    ``series_total`` and ``series_warming`` are states after the step.
+    ``series_total`` and ``series_warming`` are states in memory after the step, ``series_stored`` those outside it.
+    ``evictions`` counts states that left memory, by reason (``capacity``: stored; ``ttl``: forgotten).
     """
 
     step: int
@@ -99,6 +100,8 @@ class StepReport:
     resets: Mapping[str, int]
     series_total: int
     series_warming: int
+    series_stored: int = 0
+    evictions: Mapping[str, int] = field(default_factory=dict[str, int])
     undecoded: Outcome = Outcome.DEAD
 
     def counts(self) -> dict[Outcome, int]:

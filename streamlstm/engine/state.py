@@ -6,7 +6,7 @@ It is generic on purpose: recovery stores names, dtypes, shapes and bytes, and k
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -15,9 +15,67 @@ import torch
 from torch import Tensor
 
 from streamlstm.records.batch import SeriesId
-from streamlstm.series.table import Slots, Snapshot, take_rows
+from streamlstm.series.table import Rows, Slots, Snapshot, take_rows
 
 _DIGESTED_AT_ONCE = 4096
+
+
+class Stored(Protocol):
+    """
+    The series that are outside memory, as they were at the snapshot; read piece by piece, and often if need be.
+
+    Each is there once, and none that the watermark has already proved forgotten. ``origin`` is the digest of the
+    generation whose files hold those that had left by then, empty for none; ``until`` is up to where the watermark
+    proves it (``None``: nobody is forgotten).
+    """
+
+    @property
+    def origin(self) -> str:
+        """See above."""
+        ...
+
+    @property
+    def until(self) -> int | None:
+        """See above."""
+        ...
+
+    def places(self) -> Sequence[tuple[str, int]]:
+        """The partitions (topic, partition) that some of them may be of, sorted."""
+        ...
+
+    def rows(self, topic: str, partition: int) -> Iterator[Rows]:
+        """Those of one partition, all with the same columns as the state's."""
+        ...
+
+    def close(self) -> None:
+        """They will not be read any more."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class RelaidStored:
+    """Stored series with something done to each piece when it is read."""
+
+    stored: Stored
+    relay: Callable[[Rows], Rows]
+    origin: str = ""
+
+    @property
+    def until(self) -> int | None:
+        """See :class:`Stored`."""
+        return self.stored.until
+
+    def places(self) -> Sequence[tuple[str, int]]:
+        """See :class:`Stored`."""
+        return self.stored.places()
+
+    def rows(self, topic: str, partition: int) -> Iterator[Rows]:
+        """See :class:`Stored`."""
+        return map(self.relay, self.stored.rows(topic, partition))
+
+    def close(self) -> None:
+        """See :class:`Stored`."""
+        self.stored.close()
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,8 +86,8 @@ class EngineState:
     ``series[i]`` is the series whose values are row i of every column; ``columns[name]`` is the column in pieces,
     concatenated along dim 0 (the last one may have unused rows beyond ``len(series)``), and is read as a whole only
     where memory does not matter: :meth:`take` gives some rows. ``weights`` and ``training`` (moments, kept weights,
-    queued windows) are named tensors. ``meta`` is JSON: counters, the queue's order, generators. The order of series
-    carries no meaning.
+    queued windows) are named tensors. ``meta`` is JSON: counters, the queue's order, generators. ``stored`` are the
+    series that are outside memory, if there are any. The order of series carries no meaning.
     """
 
     step: int
@@ -38,6 +96,7 @@ class EngineState:
     weights: dict[str, Tensor]
     training: dict[str, Tensor]
     meta: dict[str, Any]
+    stored: Stored | None = None
 
     def like(self, name: str) -> Tensor | None:
         """No rows of a column: dtype and shape. ``None`` while it has no piece at all."""
@@ -61,36 +120,57 @@ class EngineState:
 
         That of the series is over one digest per series, sorted: it knows no order of series, nor where they are kept.
         """
-        rows: list[bytes] = []
-        for first in range(0, len(self.series), _DIGESTED_AT_ONCE):
-            some = np.arange(first, min(first + _DIGESTED_AT_ONCE, len(self.series)))
-            rows += digest_rows(self.series[first : first + len(some)], {n: self.take(n, some) for n in self.columns})
+        digests = [digest for rows in self.rows() for digest in _digest_rows(rows)]
         return {
             "weights": _digest(self.weights),
             "training": _digest(self.training),
-            "series": hashlib.sha256(b"".join(sorted(rows))).hexdigest(),
+            "series": hashlib.sha256(b"".join(sorted(digests))).hexdigest(),
         }
 
+    def rows(self) -> Iterator[Rows]:
+        """Every series, in memory or stored, piece by piece."""
+        for first in range(0, len(self.series), _DIGESTED_AT_ONCE):
+            some = np.arange(first, min(first + _DIGESTED_AT_ONCE, len(self.series)))
+            yield Rows(self.series[first : first + len(some)], {name: self.take(name, some) for name in self.columns})
+        for place in self.stored.places() if self.stored else ():
+            assert self.stored is not None
+            yield from self.stored.rows(*place)
 
-def digest_rows(series: Sequence[SeriesId], columns: Mapping[str, Tensor]) -> list[bytes]:
+
+def _digest_rows(rows: Rows) -> list[bytes]:
     """One SHA-256 per series: of who it is, and of its row of every column."""
-    names = sorted(columns)
-    told = ";".join(f"{name}:{columns[name].dtype}:{tuple(columns[name].shape[1:])}" for name in names).encode()
-    packed = pack({name: columns[name] for name in names})
+    names = sorted(rows.columns)
+    told = ";".join(f"{name}:{rows.columns[name].dtype}:{tuple(rows.columns[name].shape[1:])}" for name in names)
     digests: list[bytes] = []
-    for one, row in zip(series, packed, strict=True):
-        sha = hashlib.sha256(told + b"\n" + "\0".join(map(str, one)).encode(errors="surrogatepass") + b"\n")
+    for one, row in zip(rows.series, pack(rows.columns), strict=True):
+        sha = hashlib.sha256(f"{told}\n{one.topic}\0{one.partition}\0{one.key}\n".encode(errors="surrogatepass"))
         sha.update(row.tobytes())
         digests.append(sha.digest())
     return digests
 
 
-def pack(columns: Mapping[str, Tensor]) -> np.ndarray[tuple[int, int], np.dtype[np.uint8]]:
+Packed = np.ndarray[tuple[int, int], np.dtype[np.uint8]]
+
+
+def pack(columns: Mapping[str, Tensor]) -> Packed:
     """Rows as bytes ``[N, W]``: every column's part of a row, in the order of names."""
     return np.concatenate([_as_bytes(columns[name]) for name in sorted(columns)], axis=1)
 
 
-def _as_bytes(values: Tensor) -> np.ndarray[tuple[int, int], np.dtype[np.uint8]]:
+def unpack(packed: Packed, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The inverse of :func:`pack`, for columns such as those of ``like``."""
+    columns: dict[str, Tensor] = {}
+    at = 0
+    for name in sorted(like):
+        shape, dtype = like[name].shape[1:], like[name].dtype
+        width = math.prod(shape) * dtype.itemsize
+        part = torch.from_numpy(packed[:, at : at + width].copy())
+        columns[name] = part.view(-1).view(dtype).view(len(packed), *shape)
+        at += width
+    return columns
+
+
+def _as_bytes(values: Tensor) -> Packed:
     """``[N, …]`` as ``[N, bytes of a row]``."""
     flat = values.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
     return flat.reshape(len(values), math.prod(values.shape[1:]) * values.dtype.itemsize)

@@ -10,13 +10,14 @@ older one was found good; when none is, nothing is touched and the start is refu
 import errno
 import hashlib
 import time
+import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Self
 
 from streamlstm.config.urls import mask_credentials, split_object_url
-from streamlstm.engine.state import EngineState
+from streamlstm.engine.state import EngineState, Stored
 from streamlstm.errors import CheckpointError, CheckpointNotWritten, ConfigError, StreamlstmError
 from streamlstm.recovery.directory import Directory
 from streamlstm.recovery.disk import Disk
@@ -39,9 +40,11 @@ from streamlstm.recovery.generations import (
     seal,
     verify_generation,
 )
+from streamlstm.recovery.leavers import Base, LeaversPlan
 from streamlstm.recovery.objects import ObjectPrefix, connect
 from streamlstm.recovery.place import Attempt, Draft, Place, name_of, step_of_bad
 from streamlstm.recovery.progress import Link
+from streamlstm.recovery.scratch import Scratch, ScratchView
 from streamlstm.recovery.snapshot import Sink
 from streamlstm.transport.interfaces import Frozen
 
@@ -100,6 +103,7 @@ class CheckpointStore:
         # What this process has written or read whole, and what else it has read of: none of it changes under its name.
         self._whole: set[int] = set()
         self._told: dict[int, Provenance] = {}
+        self._last: tuple[weakref.ref[Scratch], int, str] | None = None
 
     @property
     def name(self) -> str:
@@ -337,9 +341,15 @@ class CheckpointStore:
         began = time.perf_counter()
         fsync_s = 0.0
         listed: dict[str, Listed] = {}
-        for name, put in files_of(state, provenance, beside).items():
+        base = self._base(state.stored)
+        leavers = LeaversPlan(state, Base(base.meta.step, base.manifest.attempt, base.files_left) if base else None)
+        for name, put in files_of(state, provenance, beside, leavers).items():
             spent, listed[name] = _write_file(attempt, name, put)
             fsync_s += spent
+        for file in leavers.linked:
+            assert base is not None
+            attempt.link(base.meta.step, base.manifest.attempt, file.name)
+            listed[file.name] = base.manifest.files[file.name]
         manifest = seal(state.step, provenance, listed, attempt.ident, self._layout)
         committing = time.perf_counter()
         attempt.commit(manifest)
@@ -347,7 +357,26 @@ class CheckpointStore:
         fsync_s += done - committing
         size = len(manifest) + sum(entry.bytes for entry in listed.values())
         generation = Generation(state.step, digest_manifest(manifest), size, len(state.series), provenance)
+        if isinstance(state.stored, ScratchView):
+            self._last = weakref.ref(state.stored.scratch), generation.step, generation.digest
         return Written(generation, write_s=done - began - fsync_s, fsync_s=fsync_s)
+
+    def _base(self, stored: Stored | None) -> Header | None:
+        """The generation that holds who had left by its step, for those who ``stored`` are: the last of their own."""
+        if not isinstance(stored, ScratchView):
+            return None
+        last = self._last
+        steps, digest = (
+            ([last[1]], last[2]) if last and last[0]() is stored.scratch else (reversed(self.steps()), stored.origin)
+        )
+        for step in steps:
+            try:
+                header = self.header(step)
+            except (CheckpointError, OSError):
+                continue
+            if header.generation.digest == digest:
+                return header
+        return None
 
 
 def _write_file(attempt: Attempt, name: str, put: Callable[[Sink], object]) -> tuple[float, Listed]:

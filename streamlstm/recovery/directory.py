@@ -166,11 +166,19 @@ class DirectoryAttempt:
     @contextmanager
     def create(self, name: str) -> Generator["DiskDraft"]:
         """See :class:`~streamlstm.recovery.place.Attempt`."""
+        self._begin()
+        with self._disk.create(self._temporary / name) as file:
+            yield DiskDraft(self._disk, file)
+
+    def link(self, step: int, attempt: str, name: str) -> None:
+        """A second name of the same file: it costs nothing, and stays when the other generation goes."""
+        self._begin()
+        self._disk.link(self._directory / name_of(step) / attempt / name, self._temporary / name)
+
+    def _begin(self) -> None:
         if not self._begun:
             self._disk.make_directory(self._temporary)
             self._begun = True
-        with self._disk.create(self._temporary / name) as file:
-            yield DiskDraft(self._disk, file)
 
     def commit(self, manifest: bytes) -> None:
         """By the order at the top of this module; an older one of the same step is out of the way meanwhile."""

@@ -78,6 +78,10 @@ class Disk:
         """``old`` is called ``new`` from now on, at one instant."""
         old.rename(new)
 
+    def link(self, old: Path, new: Path) -> None:
+        """The file is called ``new`` too from now on; neither name is the first."""
+        os.link(old, new, follow_symlinks=False)
+
     def remove_tree(self, path: Path) -> None:
         """A directory and all in it, or whatever else is called so. Links are removed, never followed."""
         if path.is_symlink() or not path.is_dir():

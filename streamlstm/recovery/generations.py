@@ -11,11 +11,10 @@ Where generations live is another matter: :mod:`streamlstm.recovery.directory`, 
 
 import hashlib
 import json
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Annotated, Any, NamedTuple, Protocol, TypeVar, cast
-from urllib.parse import quote
 
 import msgspec
 import numpy as np
@@ -25,14 +24,15 @@ from torch import Tensor
 
 from streamlstm.engine.state import EngineState
 from streamlstm.errors import CheckpointError
-from streamlstm.records.batch import Range
+from streamlstm.records.batch import Range, SeriesId
+from streamlstm.recovery.leavers import FilesOfLeavers, LeaversPlan, Leaving, Left
 from streamlstm.recovery.progress import Link, Value
 from streamlstm.recovery.snapshot import (
     Column,
-    Place,
     Sink,
     canonical_json,
     describe_columns,
+    file_name,
     group_by_place,
     join_series,
     read_series,
@@ -49,7 +49,6 @@ _MODEL = "model.pt"
 _OPTIM = "optim.pt"
 _BESIDE = "beside.json"
 _BESIDE_ARRAYS = "beside.pt"
-_LONGEST_TOPIC = 180  # of a file name's 255 bytes
 MANIFEST_LIMIT = 64 << 20
 _BLOCK = 1 << 20
 
@@ -198,6 +197,7 @@ class _Meta(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     config: _Config
     columns: dict[str, _Column | None]
     state: dict[str, Any]
+    left: Left | None = None
 
 
 class Readable(Protocol):
@@ -231,6 +231,11 @@ class Header(NamedTuple):
     manifest: Manifest
     meta: _Meta
     raw: dict[str, Any]
+
+    @property
+    def files_left(self) -> tuple[Leaving, ...]:
+        """The files of series beyond memory."""
+        return self.meta.left.files if self.meta.left else ()
 
     @property
     def generation(self) -> Generation:
@@ -311,6 +316,7 @@ def load_generation(files: Files, step: int, layout: Layout = LAYOUT) -> Loaded:
             weights=read_tensors(_checked(files, manifest, _MODEL)),
             training=read_tensors(_checked(files, manifest, _OPTIM)),
             meta=header.raw["state"],
+            stored=_stored(files, header, columns, series),
         )
         for schema in range(manifest.schema, layout.schema):
             state = layout.migrations[schema].state(state)
@@ -321,6 +327,21 @@ def load_generation(files: Files, step: int, layout: Layout = LAYOUT) -> Loaded:
     return Loaded(header.generation, state, beside)
 
 
+def _stored(
+    files: Files, header: Header, columns: dict[str, Column], here: Sequence[SeriesId]
+) -> FilesOfLeavers | None:
+    """Who was beyond memory: every file's hash is checked now, and the file read when somebody asks."""
+    manifest, left = header.manifest, header.meta.left
+    if left is None:
+        return None
+    for file in left.files:
+        with files.open(manifest.attempt, file.name) as opened:
+            copy_file(file.name, opened, manifest.files[file.name])
+    return FilesOfLeavers(
+        left, columns, here, lambda name: files.open(manifest.attempt, name), digest_manifest(header.sealed)
+    )
+
+
 def _as_arrays(tensors: Mapping[str, Tensor]) -> dict[str, NDArray[Any]]:
     return {name: tensor.numpy() for name, tensor in tensors.items()}
 
@@ -329,15 +350,18 @@ def _as_tensors(arrays: Mapping[str, NDArray[Any]]) -> dict[str, Tensor]:
     return {name: torch.from_numpy(np.array(array)) for name, array in arrays.items()}
 
 
-def files_of(state: EngineState, provenance: Provenance, beside: Frozen | None) -> dict[str, Callable[[Sink], object]]:
-    """Every file but the manifest, by name, with what writes it."""
+def files_of(
+    state: EngineState, provenance: Provenance, beside: Frozen | None, leavers: LeaversPlan
+) -> dict[str, Callable[[Sink], object]]:
+    """Every file but the manifest and those taken over, by name, with what writes it; in this order."""
     files: dict[str, Callable[[Sink], object]] = {}
     for place, rows in group_by_place(state.series).items():
-        files[_state_name(place)] = lambda sink, place=place, rows=rows: write_series(sink, state, place, rows)
+        files[file_name("state", place)] = lambda sink, place=place, rows=rows: write_series(sink, state, place, rows)
     files[_MODEL] = lambda sink: write_tensors(sink, state.weights)
     files[_OPTIM] = lambda sink: write_tensors(sink, state.training)
-    meta = canonical_json(_meta_of(state, provenance))
-    files[_META] = lambda sink: sink.write(meta)
+    files |= leavers.files
+    # Once those before it were written: it says how many left.
+    files[_META] = lambda sink: sink.write(canonical_json(_meta_of(state, provenance, leavers.told())))
     if beside is not None:
         files[_BESIDE] = lambda sink: sink.write(canonical_json(beside.values))
         files[_BESIDE_ARRAYS] = lambda sink: write_tensors(sink, _as_tensors(beside.arrays))
@@ -419,15 +443,7 @@ def _state_names(manifest: Manifest) -> Iterator[str]:
     return (name for name in sorted(manifest.files) if name.startswith("state-") and name.endswith(".parquet"))
 
 
-def _state_name(place: Place) -> str:
-    """A name safe for any topic; the file itself says which one it is."""
-    topic = quote(place.topic, safe="")
-    if len(topic) > _LONGEST_TOPIC:
-        topic = f"{topic[:_LONGEST_TOPIC]}~{hashlib.sha256(place.topic.encode()).hexdigest()[:16]}"
-    return f"state-{topic}-{place.partition}.parquet"
-
-
-def _meta_of(state: EngineState, provenance: Provenance) -> dict[str, Any]:
+def _meta_of(state: EngineState, provenance: Provenance, left: Left | None) -> dict[str, Any]:
     settings, progress, columns = provenance.settings, provenance.progress, describe_columns(state)
     return {
         "step": state.step,
@@ -454,6 +470,7 @@ def _meta_of(state: EngineState, provenance: Provenance) -> dict[str, Any]:
             for name in state.columns
         },
         "state": state.meta,
+        **({} if left is None else {"left": msgspec.to_builtins(left)}),
     }
 
 

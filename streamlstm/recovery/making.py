@@ -13,7 +13,10 @@ from streamlstm.recovery.progress import Value
 class Steppable(Protocol):
     """What recovery and the daemon ask of an engine."""
 
-    step_number: int
+    @property
+    def step_number(self) -> int:
+        """The last step's; 0 before the first."""
+        ...
 
     def step(self, batch: RecordBatch) -> StepReport:
         """Take in one cut."""

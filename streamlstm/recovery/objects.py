@@ -317,6 +317,10 @@ class ObjectAttempt:
         with self._place.create(f"{name_of(self._step)}/{self.ident}/{name}") as upload:
             yield upload
 
+    def link(self, step: int, attempt: str, name: str) -> None:
+        """Copied by the store itself: nothing travels, but it is kept once for each generation."""
+        self._place.copy(f"{name_of(step)}/{attempt}/{name}", f"{name_of(self._step)}/{self.ident}/{name}")
+
     def commit(self, manifest: bytes) -> None:
         """Upload the manifest, and copy it unless another process has made a generation of this step meanwhile."""
         with self.create(MANIFEST) as draft:

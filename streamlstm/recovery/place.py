@@ -31,6 +31,10 @@ class Attempt(Protocol):
         """Begin a file; one that was not synced when it is left counts for nothing."""
         ...
 
+    def link(self, step: int, attempt: str, name: str) -> None:
+        """That file of another generation, whose manifest says ``attempt``, is in this one too."""
+        ...
+
     def commit(self, manifest: bytes) -> None:
         """
         Make the generation be there, at one instant and durably, in place of one of the same step.

@@ -4,11 +4,13 @@ An engine state as files, and back: series as Parquet, one file a partition; nam
 Knows no column by name. Whoever reads has checked the bytes first (:mod:`streamlstm.recovery.checkpoint`).
 """
 
+import hashlib
 import io
 import json
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from typing import IO, Any, NamedTuple, Protocol, cast
+from typing import IO, Any, BinaryIO, NamedTuple, Protocol, cast
+from urllib.parse import quote
 
 import numpy as np
 import pyarrow as pa
@@ -19,6 +21,7 @@ from torch import Tensor
 from streamlstm.engine.state import EngineState
 from streamlstm.errors import CheckpointError
 from streamlstm.records.batch import SeriesId
+from streamlstm.series.table import Rows
 
 if sys.byteorder != "little":  # pragma: no cover
     raise ImportError("streamlstm stores tensors as little-endian rows, and this machine is big-endian")
@@ -38,6 +41,9 @@ _NATIVE: dict[torch.dtype, pa.DataType] = {
     torch.float32: pa.float32(),
     torch.float64: pa.float64(),
 }
+
+
+_LONGEST_TOPIC = 180  # of a file name's 255 bytes
 
 
 class Sink(Protocol):
@@ -80,6 +86,14 @@ class Column(NamedTuple):
         return native or pa.binary(self.width)
 
 
+def file_name(kind: str, place: Place, step: int | None = None) -> str:
+    """A name safe for any topic; the file itself says which one it is."""
+    topic = quote(place.topic, safe="")
+    if len(topic) > _LONGEST_TOPIC:
+        topic = f"{topic[:_LONGEST_TOPIC]}~{hashlib.sha256(place.topic.encode()).hexdigest()[:16]}"
+    return f"{kind}-{topic}-{place.partition}{'' if step is None else f'-{step}'}.parquet"
+
+
 def describe_columns(state: EngineState) -> dict[str, Column]:
     """Every column's row, by name, but those that have no piece yet; needed again where there is no series yet."""
     return {
@@ -99,18 +113,50 @@ def group_by_place(series: Sequence[SeriesId]) -> dict[Place, list[int]]:
 
 def write_series(sink: Sink, state: EngineState, place: Place, rows: Sequence[int]) -> None:
     """One Parquet file: a row per series of ``place``, in the order of ``rows``; page checksums on."""
-    columns = {name: column for name, column in describe_columns(state).items() if column.width}
+    columns = describe_columns(state)
+
+    def pieces() -> Iterator[Rows]:
+        for first in range(0, len(rows), _ROW_GROUP):
+            group = np.asarray(rows[first : first + _ROW_GROUP], np.int64)
+            series = tuple(state.series[i] for i in group)
+            yield Rows(series, {name: state.take(name, group) for name, column in columns.items() if column.width})
+
+    write_rows(sink, place, columns, pieces())
+
+
+def write_rows(sink: Sink, place: Place, columns: dict[str, Column], pieces: Iterable[Rows]) -> int:
+    """One Parquet file of series of ``place``, a row group for each piece; page checksums on. How many there were."""
+    columns = {name: column for name, column in columns.items() if column.width}
     schema = _schema(place, columns)
+    written = 0
     target = pa.PythonFile(_Stream(sink), mode="w")
     with pq.ParquetWriter(
         target, schema, compression="none", use_dictionary=False, write_statistics=False, write_page_checksum=True
     ) as writer:
-        for first in range(0, len(rows), _ROW_GROUP):
-            group = np.asarray(rows[first : first + _ROW_GROUP], np.int64)
-            arrays: list[pa.Array] = [pa.array([state.series[i].key for i in group], pa.string())]
-            for name, column in columns.items():
-                arrays.append(_to_arrow(state.take(name, group), column))
-            writer.write_table(pa.Table.from_arrays(arrays, schema=schema), row_group_size=_ROW_GROUP)
+        for rows in pieces:
+            arrays: list[pa.Array] = [pa.array([one.key for one in rows.series], pa.string())]
+            arrays += [_to_arrow(rows.columns[name], column) for name, column in columns.items()]
+            if len(rows):
+                writer.write_table(pa.Table.from_arrays(arrays, schema=schema), row_group_size=len(rows))
+            written += len(rows)
+    return written
+
+
+def read_rows(file: BinaryIO, columns: dict[str, Column]) -> Iterator[Rows]:
+    """
+    A file of :func:`write_rows`, a piece at a time.
+
+    Raises :class:`~streamlstm.errors.CheckpointError` when it is not what ``columns`` promise.
+    """
+    try:
+        parquet = pq.ParquetFile(file, page_checksum_verification=True)
+        place = _place_of(parquet.schema_arrow)
+        _check_schema(parquet.schema_arrow, place, columns)
+        for group in range(parquet.num_row_groups):
+            keys, values = _values_of(parquet.read_row_group(group, use_threads=False), columns)
+            yield Rows(tuple(SeriesId(*place, key) for key in keys), values)
+    except (pa.ArrowException, OSError) as error:
+        raise CheckpointError(f"not a state file: {error}") from error
 
 
 def read_series(data: bytes, columns: dict[str, Column]) -> tuple[Place, list[str], dict[str, Tensor]]:
@@ -121,15 +167,32 @@ def read_series(data: bytes, columns: dict[str, Column]) -> tuple[Place, list[st
     """
     try:
         table = pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True).read(use_threads=False)
-        told = json.loads((table.schema.metadata or {})[_METADATA])
-        place = Place(str(told["topic"]), int(told["partition"]))
-    except (pa.ArrowException, OSError, KeyError, ValueError, TypeError) as error:
+    except (pa.ArrowException, OSError) as error:
         raise CheckpointError(f"not a state file: {error}") from error
-    stored = {name: column for name, column in columns.items() if column.width}
-    if not table.schema.equals(_schema(place, stored)):
+    place = _place_of(table.schema)
+    _check_schema(table.schema, place, columns)
+    return place, *_values_of(table, columns)
+
+
+def _place_of(schema: pa.Schema) -> Place:
+    try:
+        told = json.loads((schema.metadata or {})[_METADATA])
+        return Place(str(told["topic"]), int(told["partition"]))
+    except (KeyError, ValueError, TypeError) as error:
+        raise CheckpointError(f"not a state file: {error}") from error
+
+
+def _check_schema(schema: pa.Schema, place: Place, columns: dict[str, Column]) -> None:
+    if not schema.equals(_schema(place, {name: column for name, column in columns.items() if column.width})):
         raise CheckpointError("the columns of a state file are not those meta.json lists")
+
+
+def _values_of(table: pa.Table, columns: dict[str, Column]) -> tuple[list[str], dict[str, Tensor]]:
     keys = cast("list[str]", table.column("key").to_pylist())
-    return place, keys, {name: _from_arrow(table.column(name), column) for name, column in stored.items()}
+    return keys, {
+        name: _from_arrow(table.column(name), column) if column.width else _empty(len(keys), column)
+        for name, column in columns.items()
+    }
 
 
 def join_series(
@@ -140,8 +203,8 @@ def join_series(
     joined: dict[str, list[Tensor]] = {name: [] for name in columns}
     for place, keys, values in parts:
         series.extend(SeriesId(place.topic, place.partition, key) for key in keys)
-        for name, column in columns.items():
-            joined[name].append(values[name] if column.width else _empty(len(keys), column))
+        for name in columns:
+            joined[name].append(values[name])
     for name, column in columns.items():
         if not joined[name]:
             joined[name].append(_empty(0, column))

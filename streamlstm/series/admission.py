@@ -21,6 +21,9 @@ GAPS = 8
 
 _NS = 1_000_000_000
 
+BEGINNING = -(1 << 63)
+"""The watermark before any record."""
+
 # Hostile timestamps must not overflow a clock: 2**61 ns are 73 years, and a leap of 2**32 intervals has long expired
 # all that was open.
 _LONGEST_GAP = 1 << 61
@@ -33,8 +36,7 @@ class Verdict(IntEnum):
     FRESH = 0
     LATE = 1
     DUPLICATE = 2
-    SKIPPED = 3
-    FUTURE = 4
+    FUTURE = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,12 +53,12 @@ class Rules:
     fixed_interval: int
     gap_reset: int | None
     max_ahead: int
-    max_series: int
+    ttl: int | None = None
 
     @classmethod
     def of(cls, config: Config) -> "Rules":
         """From a configuration."""
-        interval, gap = config.series.interval, config.series.gap_reset
+        interval, gap, ttl = config.series.interval, config.series.gap_reset, config.series.ttl
         return cls(
             k2=config.k2,
             warm_age=max(config.k2, 2 * config.model.horizons),
@@ -64,7 +66,7 @@ class Rules:
             fixed_interval=round(interval * _NS) if isinstance(interval, float) else 0,
             gap_reset=None if gap is None else round(gap * _NS),
             max_ahead=round(config.series.max_ahead * _NS),
-            max_series=config.series.max_series,
+            ttl=None if ttl is None else round(ttl * _NS),
         )
 
 
@@ -75,8 +77,9 @@ class Admitted:
 
     ``clock_M`` is n, ``age_M`` is m. ``restart_M`` marks a record whose carry starts from zero: a new series, one
     that returns after ``gap_reset`` (``gap_resets`` of them), or after a tombstone (``control_resets`` series were told
-    to). ``interval_ns_M`` is 0 while it is not known.
-    ``warming_change`` is how many more series are warming than before.
+    to); ``forgotten_M`` a new one that had a state before, which counts no more. ``interval_ns_M`` is 0 while it is not
+    known. ``warming_change`` is how many more series are warming than before, ``watermark`` the shard's after these
+    records.
     """
 
     verdict_N: NDArray[np.uint8]
@@ -86,9 +89,11 @@ class Admitted:
     age_M: I64
     interval_ns_M: I64
     restart_M: NDArray[np.bool_]
+    forgotten_M: NDArray[np.bool_]
     gap_resets: int
     control_resets: int
     warming_change: int
+    watermark: int
 
 
 def clock_columns(k2: int) -> list[Column]:
@@ -97,6 +102,7 @@ def clock_columns(k2: int) -> list[Column]:
 
     A series has a clock from its first record on: clock 0 says that none was seen, and that the rest means nothing.
     Age 0 on a running clock says that its next record starts anew.
+    ``seen_ns`` is the watermark at its newest fresh record.
     """
     return [
         Column("time_ns", (), torch.int64, host=True),
@@ -106,11 +112,12 @@ def clock_columns(k2: int) -> list[Column]:
         Column("gaps_ns", (GAPS,), torch.int64, host=True),
         Column("gap_count", (), torch.int64, host=True),
         Column("recent_ns", (k2,), torch.int64, host=True),
+        Column("seen_ns", (), torch.int64, host=True),
     ]
 
 
 def admit(  # noqa: C901, PLR0912, PLR0915, because it is one pass over the log, and its state is its locals
-    table: SeriesTable, rules: Rules, batch: RecordBatch
+    table: SeriesTable, rules: Rules, batch: RecordBatch, watermark: int = BEGINNING
 ) -> Admitted:
     """
     Place the N records of a batch, in its order, and move the clocks of their series.
@@ -120,6 +127,9 @@ def admit(  # noqa: C901, PLR0912, PLR0915, because it is one pass over the log,
     the newest is late. ``n`` advances by max(1, round(Δt / interval)), half up; a gap longer than ``gap_reset``
     restarts the age and forgets window and interval, and counts as one interval. So does the first record after a
     tombstone of its series; a series that was never seen, or is to start anew already, has nothing to reset.
+
+    The watermark is the running maximum of the broker's times, of event times where there are none. A series whose
+    newest fresh record lies ``ttl`` or more behind it is forgotten at its next record, and starts as a new one.
     """
     slots = [table.slot_of.get(series, -1) for series in batch.series]
     known_Q = np.array([slot >= 0 for slot in slots], np.bool_)
@@ -132,7 +142,8 @@ def admit(  # noqa: C901, PLR0912, PLR0915, because it is one pass over the log,
 
     gaps, recent = load("gaps_ns"), load("recent_ns")
     time, n, m = load("time_ns").tolist(), load("clock").tolist(), load("age").tolist()
-    interval, gap_count = load("interval_ns").tolist(), load("gap_count").tolist()
+    interval, gap_count, seen = load("interval_ns").tolist(), load("gap_count").tolist(), load("seen_ns").tolist()
+    water_N = np.maximum.accumulate(np.r_[watermark, np.where(batch.broker_ns < 0, batch.time_ns, batch.broker_ns)])
     warming = _warming(n, m, rules.warm_age)
 
     verdicts = bytearray(len(batch))
@@ -142,8 +153,10 @@ def admit(  # noqa: C901, PLR0912, PLR0915, because it is one pass over the log,
     fresh_m: list[int] = []
     fresh_interval: list[int] = []
     restarts: list[bool] = []
+    forgotten: list[bool] = []
     resets = controls = 0
     k2, max_ahead, gap_reset, learn = rules.k2, rules.max_ahead, rules.gap_reset, rules.learn_interval
+    ttl = rules.ttl
 
     def reset(until: int) -> None:
         """Whatever tombstones stand before record ``until``."""
@@ -156,8 +169,8 @@ def admit(  # noqa: C901, PLR0912, PLR0915, because it is one pass over the log,
 
     reset_at, reset_code, pending = batch.reset_at.tolist(), batch.reset_code.tolist(), 0
     gap = 0
-    for i, (q, t, broker) in enumerate(
-        zip(batch.code.tolist(), batch.time_ns.tolist(), batch.broker_ns.tolist(), strict=True)
+    for i, (q, t, broker, water) in enumerate(
+        zip(batch.code.tolist(), batch.time_ns.tolist(), batch.broker_ns.tolist(), water_N[1:].tolist(), strict=True)
     ):
         if pending < len(reset_at):
             reset(i)
@@ -165,11 +178,12 @@ def admit(  # noqa: C901, PLR0912, PLR0915, because it is one pass over the log,
             verdicts[i] = Verdict.FUTURE
             continue
         newest = time[q]
+        forget = ttl is not None and n[q] > 0 and water - seen[q] >= ttl
+        if forget:
+            n[q] = m[q] = gap_count[q] = 0
+            gaps[q] = recent[q] = 0
         if not n[q]:
             if slots[q] < 0:
-                if len(table) >= rules.max_series:
-                    verdicts[i] = Verdict.SKIPPED
-                    continue
                 slots[q] = table.add(batch.series[q])
             n[q] = m[q] = 1
             interval[q] = rules.fixed_interval
@@ -199,12 +213,14 @@ def admit(  # noqa: C901, PLR0912, PLR0915, because it is one pass over the log,
             if gap_count[q] == GAPS:
                 interval[q] = int(np.sort(gaps[q])[(GAPS - 1) // 2])
         time[q] = t
+        seen[q] = water
         recent[q, m[q] % k2] = t
         fresh.append(i)
         fresh_code.append(q)
         fresh_n.append(n[q])
         fresh_m.append(m[q])
         restarts.append(restart)
+        forgotten.append(forget)
     reset(len(batch))
 
     slot_Q = np.array(slots, np.int64)
@@ -218,6 +234,7 @@ def admit(  # noqa: C901, PLR0912, PLR0915, because it is one pass over the log,
         ("gaps_ns", gaps),
         ("gap_count", np.array(gap_count, np.int64)),
         ("recent_ns", recent),
+        ("seen_ns", np.array(seen, np.int64)),
     ):
         table.scatter(name, selection, torch.from_numpy(values[known_Q]))
     return Admitted(
@@ -228,9 +245,11 @@ def admit(  # noqa: C901, PLR0912, PLR0915, because it is one pass over the log,
         age_M=np.array(fresh_m, np.int64),
         interval_ns_M=np.array(fresh_interval, np.int64),
         restart_M=np.array(restarts, np.bool_),
+        forgotten_M=np.array(forgotten, np.bool_),
         gap_resets=resets,
         control_resets=controls,
         warming_change=_warming(n, m, rules.warm_age) - warming,
+        watermark=int(water_N[-1]),
     )
 
 

@@ -58,6 +58,22 @@ class Selection:
         return len(self.slots)
 
 
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """The states of some series on their way out of a table or back into one: a row of every column each."""
+
+    series: tuple[SeriesId, ...]
+    columns: Mapping[str, Tensor]
+
+    def __len__(self) -> int:
+        return len(self.series)
+
+    def pick(self, chosen: Slots) -> "Rows":
+        """Some of them."""
+        picked = torch.from_numpy(chosen)
+        return Rows(tuple(self.series[i] for i in chosen), {n: values[picked] for n, values in self.columns.items()})
+
+
 class Snapshot(Mapping[str, Sequence[Tensor]]):
     """
     The columns of a table as they were at one moment, read while the table goes on; taking it copies nothing.
@@ -161,6 +177,20 @@ class SeriesTable:
             self.series.append(series)
         self.slot_of[series] = slot
         return slot
+
+    def put(self, rows: Rows) -> None:
+        """Series that are not here, with the states they had."""
+        selection = self.select(np.array([self.add(one) for one in rows.series], np.int64))
+        for name, values in rows.columns.items():
+            self.scatter(name, selection, values.to(self._homes[name]))
+
+    def take(self, slots: Slots) -> Rows:
+        """These series leave with their states, on the CPU."""
+        selection = self.select(slots)
+        series = tuple(one for slot in slots.tolist() if (one := self.series[slot]) is not None)
+        rows = Rows(series, {name: self.gather(name, selection).cpu() for name in sorted(self._columns)})
+        self.remove(slots)
+        return rows
 
     def remove(self, slots: Slots) -> None:
         """These series leave; their slots are free, and blank."""

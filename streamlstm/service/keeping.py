@@ -86,7 +86,10 @@ def take_up(store: CheckpointStore, settings: Settings) -> Begun | None:
 class Keeps(Protocol):
     """Of an engine, what a generation needs."""
 
-    step_number: int
+    @property
+    def step_number(self) -> int:
+        """The last step's."""
+        ...
 
     def state(self) -> EngineState:
         """A snapshot, immutable."""

@@ -150,6 +150,13 @@ def _families(topics: Sequence[str] | None, horizons: Sequence[str] | None) -> t
             "count again.",
         ),
         Family("series_warming", "gauge", "Those of them that are still warming."),
+        Family("series_stored", "gauge", "Series beyond `series.max_series`, whose states wait on the local disk."),
+        Family(
+            "state_evictions_total",
+            "counter",
+            "States that left memory: for the local disk, or for good.",
+            {"reason": ("capacity", "ttl")},
+        ),
         Family("checkpoints_total", "counter", "Checkpoints attempted.", {"outcome": ("written", "failed")}),
         Family("checkpoint_last_success_timestamp_seconds", "gauge", "When the newest durable checkpoint was made."),
         Family("checkpoint_size_bytes", "gauge", "Size of the newest checkpoint this process made."),
@@ -249,6 +256,9 @@ class Metrics:
             of["state_resets_total"].labels(reason).inc(count)
         of["series_active"].set(report.series_total)
         of["series_warming"].set(report.series_warming)
+        of["series_stored"].set(report.series_stored)
+        for reason, count in report.evictions.items():
+            of["state_evictions_total"].labels(reason).inc(count)
         taken = [u for u in report.updates if not u.skipped]
         of["updates_total"].inc(len(taken))
         of["updates_skipped_total"].labels("non_finite").inc(len(report.updates) - len(taken))

@@ -45,7 +45,8 @@ def scenarios(draw):
             "gap_reset": draw(st.sampled_from([None, "60s", "400s"])),
             "interval": draw(st.sampled_from(["auto", None, "10s"])),
             "late": draw(st.sampled_from(["drop", "dead_letter"])),
-            "max_series": draw(st.sampled_from([5, 1000])),
+            "ttl": draw(st.sampled_from([None, "100s", "600s"])),
+            "max_series": 10**6,
         },
     )
     config = with_learning_rate(config, draw(st.sampled_from([1e-3, 1e-1, 1e30])))
@@ -75,14 +76,28 @@ def test_the_law_over_many_more_streams(scenario):
     hold_to_the_law(scenario)
 
 
+def crammed(config: Config, most: int) -> Config:
+    """With room in memory for so many series."""
+    return config.model_copy(update={"series": config.series.model_copy(update={"max_series": most})})
+
+
 def hold_to_the_law(scenario):
-    """The same bits from steps of one, one step, random steps, and random steps with resumes between them."""
+    """
+    The same bits from steps of one, one step, random steps, and random steps with resumes between them; also when
+    hardly any series stays in memory.
+    """
     config, batch, cuts, resumes = scenario
     count = cuts[-1]
     engine, reports = streams.run(config, batch, list(range(count + 1)))
     expected, published = engine.state(), streams.outputs(reports)
-    for division, resumed in (([0, count], frozenset()), (cuts, frozenset()), (cuts, resumes)):
-        other, others = streams.run(config, batch, division, resumed)
+    cramped = crammed(config, config.training.max_wait)
+    for setting, kind, division, resumed in (
+        (config, Engine, [0, count], frozenset()),
+        (config, Engine, cuts, frozenset()),
+        (config, Engine, cuts, resumes),
+        (cramped, streams.Shelved, cuts, resumes),
+    ):
+        other, others = streams.run(setting, batch, division, resumed, kind)
         state = other.state()
         assert streams.outputs(others) == published
         assert state.digests() == expected.digests()
@@ -109,6 +124,26 @@ def test_the_scenarios_reach_every_rule_and_the_guard():
     assert rolled_back
     assert outcomes == set(Outcome)
     assert resets >= {"gap", "control"}
+
+
+def test_the_scenarios_reach_leaving_returning_and_being_forgotten():
+    """The law above would be empty if nobody left, came back, or was forgotten in memory, out of it, and in passing."""
+    left, returned, dropped, in_passing = 0, 0, 0, 0
+    for seed in range(12):
+        config = crammed(
+            streams.small_config(training={"max_wait": 3}, series={"ttl": [None, "100s", "600s"][seed % 3]}), 3
+        )
+        batch = streams.random_batch(seed, 200, 12, KINDS[seed % 4])
+        engine, reports = streams.run(config, batch, list(range(201)), kind=streams.Shelved)
+        left, returned = left + engine.left, returned + engine.returned
+        dropped += sum(report.evictions["ttl"] for report in reports)
+        assert all(report.series_total <= 4 for report in reports)
+        _, (whole,) = streams.run(config, batch, [0, 200])
+        in_passing += whole.evictions["ttl"]
+    assert left > 100
+    assert returned > 100
+    assert dropped > 10
+    assert in_passing > 10
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -183,7 +218,7 @@ def test_learning_keys_may_change_between_two_runs(training):
 
 
 def test_the_warming_are_counted_as_their_ages_say():
-    config = streams.small_config(series={"gap_reset": "60s", "max_series": 6})
+    config = streams.small_config(series={"gap_reset": "60s"})
     batch = streams.random_batch(11, 300, 9, "mixed")
     _, reports = streams.run(config, batch, [0, 1, 50, 51, 180, 300], frozenset({1, 3}))
     assert any(report.resets["gap"] for report in reports)
@@ -297,12 +332,46 @@ def test_a_duplicate_changes_nothing():
 
 
 def test_the_counters_add_up_to_the_records():
-    config = streams.small_config(series={"max_series": 3})
     batch = streams.random_batch(8, 400, 12, "mixed")
-    _, reports = streams.run(config, batch, [0, 123, 400])
+    _, reports = streams.run(streams.small_config(), batch, [0, 123, 400])
     totals = sum(n for report in reports for n in report.counts().values())
     assert totals == 400
-    assert sum(report.counts()[Outcome.SKIPPED] for report in reports) > 0
+
+
+def test_series_that_count_for_the_queue_stay_however_little_room_there_is():
+    config = crammed(streams.small_config(training={"max_wait": 40}), 5)
+    batch = streams.random_batch(1, 300, 12, "lockstep")
+    engine, _ = streams.run(config, batch, [0, 150, 300], kind=streams.Shelved)
+    assert engine.left == 0
+    assert len(engine.state().series) == 12
+
+
+def test_the_least_recently_seen_leave():
+    config = crammed(streams.small_config(training={"max_wait": 1}), 2)
+    code, time_ns = np.array([0, 1, 2, 3, 1]), np.arange(5) * 10 * streams.SECOND
+    engine, _ = streams.run(config, streams.batch_of(code, time_ns, np.ones(5)), [0, 5], kind=streams.Shelved)
+    assert {one.key for one in engine.state().series} == {"s1", "s3"}
+    assert {one.key for one in engine.held} == {"s0", "s2"}
+
+
+def test_a_forgotten_series_starts_as_a_new_one():
+    """Forgotten where it was, it has the state of one that was never seen before."""
+    config = streams.small_config(series={"ttl": "100s", "interval": "10s"})
+    hour = np.r_[np.arange(30) * 10, 3600 + np.arange(5) * 10] * streams.SECOND
+    y = np.random.default_rng(1).normal(size=35)
+    both = np.r_[np.zeros(30), np.full(5, 0)].astype(np.int64)
+    _, (report,) = streams.run(config, streams.batch_of(both, hour, y), [0, 35])
+    assert report.evictions == {"ttl": 1}
+    assert report.forecasts.age_M.tolist() == [*range(1, 31), 1, 2, 3, 4, 5]
+    assert report.forecasts.clock_M.tolist() == [*range(1, 31), 1, 2, 3, 4, 5]
+    trained = streams.small_config(series={"ttl": "100s", "interval": "10s"}, training={"enabled": False})
+    forgot, _ = streams.run(trained, streams.batch_of(both, hour, y), [0, 35])
+    new, _ = streams.run(trained, streams.batch_of(both[30:], hour[30:], y[30:], offset=np.arange(30, 35)), [30, 35])
+    columns = ("age", "clock", "recent_ns", "mean", "carry_h", "window_x", "error_count", "output")
+    state, other = forgot.state(), new.state()
+    for name in state.columns:
+        if name != "last_fresh":
+            assert torch.equal(state.column(name), other.column(name)), (name, columns)
 
 
 def test_a_snapshot_does_not_change_when_the_engine_goes_on():

@@ -64,17 +64,17 @@ class Naive:
         self.config, self.w = config, {k.removeprefix("lstm."): v.double().numpy() for k, v in weights.items()}
         self.k1, self.k2, self.K = config.training.k1, config.k2, config.model.horizons
         self.series: dict[SeriesId, OneSeries] = {}
-        self.fresh, self.seen, self.queue = 0, {}, []
+        self.fresh, self.seen, self.queue, self.water = 0, {}, [], -(1 << 63)
         self.facts, self.updates, self.outcomes = [], [], []
 
     def record(self, name, offset, t, broker, y):
         s = self.config.series
+        self.water = max(self.water, t if broker < 0 else broker)
         if broker >= 0 and t > broker + round(s.max_ahead * 1e9):
             self.outcomes.append(Outcome.DEAD)
             return
-        if name not in self.series and len(self.series) == s.max_series:
-            self.outcomes.append(Outcome.SKIPPED)
-            return
+        if s.ttl is not None and name in self.series and self.water - self.series[name].seen >= round(s.ttl * 1e9):
+            del self.series[name]
         fixed = round(s.interval * 1e9) if isinstance(s.interval, float) else 0
         one = self.series.setdefault(name, OneSeries(fixed))
         if one.times and t <= one.times[-1]:
@@ -82,6 +82,7 @@ class Naive:
             late = Outcome.DEAD if s.late == "dead_letter" else Outcome.LATE
             self.outcomes.append(Outcome.DUPLICATE if same else late)
             return
+        one.seen = self.water
         used = self.place(one, t)
         self.outcomes.append(Outcome.WARMING if one.m < max(self.k2, 2 * self.K) else Outcome.FORECAST)
         self.measure(one, y)
@@ -248,7 +249,7 @@ def configured(seed, **training):
             "gap_reset": [None, "400s", "100s"][seed % 3],
             "interval": ["auto", "10s", None, "auto"][seed % 4],
             "late": ["drop", "dead_letter"][seed % 2],
-            "max_series": [1000, 6][seed % 2],
+            "ttl": [None, "150s"][seed % 2],
         },
     )
 

@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from streamlstm.records.batch import Range, RecordBatch, SeriesId
-from streamlstm.series.admission import Rules, Verdict, admit, clock_columns
+from streamlstm.series.admission import BEGINNING, Rules, Verdict, admit, clock_columns
 from streamlstm.series.table import SeriesTable
 
-FRESH, LATE, DUPLICATE, SKIPPED, FUTURE = Verdict
+FRESH, LATE, DUPLICATE, FUTURE = Verdict
 LEAP = 1 << 32
 
 
@@ -24,7 +24,7 @@ def rules(**changed):
         "fixed_interval": 10,
         "gap_reset": None,
         "max_ahead": 1000,
-        "max_series": 100,
+        "ttl": None,
     }
     return Rules(**(base | changed))
 
@@ -219,13 +219,23 @@ def test_a_future_record_of_an_unknown_series_makes_no_series():
     assert len(table) == 0
 
 
-def test_series_beyond_max_series_are_skipped_and_known_ones_go_on():
+def test_a_series_seen_ttl_ago_by_the_watermark_of_all_starts_anew():
     table = table_of(rules())
-    rule = rules(max_series=2)
-    admitted = admit(table, rule, batch_of([(q, t, -1) for t in (10, 20) for q in range(4)]))
-    assert admitted.verdict_N.tolist() == [FRESH, FRESH, SKIPPED, SKIPPED] * 2
-    assert len(table) == 2
-    assert admit(table, rule, batch_of([(3, 30, -1), (1, 30, -1)])).verdict_N.tolist() == [SKIPPED, FRESH]
+    rule = rules(ttl=100)
+    admitted = admit(
+        table, rule, batch_of([(0, 10, -1), (0, 20, -1), (1, 119, -1), (0, 30, -1), (1, 130, -1), (0, 5, -1)])
+    )
+    assert admitted.verdict_N.tolist() == [FRESH] * 5 + [LATE]
+    admitted = admit(table, rule, batch_of([(0, 6, 230)]), admitted.watermark)
+    assert admitted.verdict_N.tolist() == [FRESH]
+    assert (admitted.forgotten_M.tolist(), admitted.restart_M.tolist(), admitted.watermark) == ([True], [True], 230)
+    assert (admitted.age_M.tolist(), admitted.clock_M.tolist()) == ([1], [1])
+
+
+def test_the_watermark_is_the_brokers_time_where_there_is_one():
+    table = table_of(rules())
+    assert admit(table, rules(), batch_of([(0, 900, 10), (0, 901, 7), (1, 50, -1)])).watermark == 50
+    assert admit(table, rules(), batch_of([]), 33).watermark == 33
 
 
 def test_the_same_key_on_another_partition_is_another_series():
@@ -294,23 +304,26 @@ class Told:
 
 def naive(rule, records):
     """Verdicts, and rows of the fresh records."""
-    series, verdicts, rows, resets = {}, [], [], 0
+    series, verdicts, rows, resets, water = {}, [], [], 0, BEGINNING
     for q, t, broker in records:
         i = len(verdicts)
+        if t is not None:
+            water = max(water, t if broker < 0 else broker)
         if t is None:
             resets += q in series and series[q].m > 0
             if q in series:
                 series[q].m = 0
         elif broker >= 0 and t - broker > rule.max_ahead:
             verdicts.append(FUTURE)
-        elif q not in series and len(series) == rule.max_series:
-            verdicts.append(SKIPPED)
         else:
+            if rule.ttl is not None and q in series and water - series[q].seen >= rule.ttl:
+                del series[q]
             one = series.setdefault(q, Told(rule))
             one.used = one.interval
             verdict, restart = one.take(t)
             verdicts.append(verdict)
             if verdict == FRESH:
+                one.seen = water
                 rows.append((i, q, one.n, one.m, one.interval if restart else one.used, restart))
     warming = sum(one.m < rule.warm_age for one in series.values())
     return verdicts, rows, warming, resets
@@ -344,23 +357,24 @@ def logs(draw):
     records=logs(),
     interval=st.sampled_from(["auto", 0, 1, 10, 7 * 10**9]),
     gap_reset=st.sampled_from([None, 50, 2**60]),
-    max_series=st.sampled_from([1, 3, 100]),
+    ttl=st.sampled_from([None, 1, 100, 2**62]),
     k2=st.integers(2, 9),
     cuts=st.lists(st.integers(0, 120), max_size=5),
 )
-def test_admission_in_batches_is_admission_record_by_record(records, interval, gap_reset, max_series, k2, cuts):
+def test_admission_in_batches_is_admission_record_by_record(records, interval, gap_reset, ttl, k2, cuts):
     rule = rules(
         k2=k2,
         learn_interval=interval == "auto",
         fixed_interval=0 if interval == "auto" else interval,
         gap_reset=gap_reset,
-        max_series=max_series,
+        ttl=ttl,
     )
-    table, verdicts, rows, warming, resets = table_of(rule), [], [], 0, 0
+    table, verdicts, rows, warming, resets, water = table_of(rule), [], [], 0, 0, BEGINNING
     bounds = sorted({0, len(records), *(c for c in cuts if c < len(records))})
     for start, end in itertools.pairwise(bounds):
         batch = batch_of(records[start:end])
-        found = admit(table, rule, batch)
+        found = admit(table, rule, batch, water)
+        water = found.watermark
         seen = len(verdicts)
         verdicts += [Verdict(v) for v in found.verdict_N.tolist()]
         slots = [int(table.series[slot].key) for slot in found.slot_M.tolist()]
@@ -375,8 +389,8 @@ def test_admission_in_batches_is_admission_record_by_record(records, interval, g
 
 def test_the_configuration_is_taken_over_in_nanoseconds():
     config = streams.small_config(
-        series={"interval": "1500ms", "gap_reset": "1h", "max_ahead": "1d", "max_series": 7},
+        series={"interval": "1500ms", "gap_reset": "1h", "max_ahead": "1d", "ttl": "30d"},
         model={"horizons": 9, "season": 4},
         training={"k1": 4, "k2": 14},
     )
-    assert Rules.of(config) == Rules(14, 18, False, 1_500_000_000, 3600 * 10**9, 86_400 * 10**9, 7)
+    assert Rules.of(config) == Rules(14, 18, False, 1_500_000_000, 3600 * 10**9, 86_400 * 10**9, 30 * 86_400 * 10**9)

@@ -1,0 +1,190 @@
+"""
+What a checkpoint costs: how long steps stall while it is written, and write and load against the same bytes raw.
+
+    python bench/checkpoint.py [--series N] [--directory DIR]
+
+Live-like cuts of random series are stepped through the real engine on one thread, first with no checkpoint and then
+while a background thread writes one; the stall is how much longer a step took than the median of those before, which
+held the same number of records. The peers are in the same run: the same number of bytes written and fsynced by one
+``write`` loop, and read back from the page cache.
+"""
+
+import argparse
+import os
+import shutil
+import statistics
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from streamlstm.config.model import Config
+from streamlstm.engine.core import Engine
+from streamlstm.records.batch import Range, RecordBatch, SeriesId
+from streamlstm.recovery.checkpoint import CheckpointStore, open_store
+from streamlstm.recovery.generations import Provenance, Settings
+from streamlstm.transport.interfaces import Position
+
+PER_STEP = 500
+BLOCK = 1 << 20
+
+
+def config() -> Config:
+    """The defaults, but for a fixed interval."""
+    return Config.model_validate(
+        {
+            "source": {"type": "files"},
+            "decode": {"series_id": ["$.id"], "timestamp": {"path": "$.t"}, "target": "$.y"},
+            "series": {"interval": "10s", "max_series": 1_000_000},
+        }
+    )
+
+
+class Cuts:
+    """Cuts of random series, each series' own time going on."""
+
+    def __init__(self, series: int) -> None:
+        self.names = [SeriesId("bench", 0, f"series-{i:07d}") for i in range(series)]
+        self.seen = np.zeros(series, np.int64)
+        self.rng = np.random.default_rng(1)
+        self.offset = 0
+
+    def of(self, chosen: np.ndarray) -> RecordBatch:
+        """One record of each of these."""
+        count = len(chosen)
+        self.seen[chosen] += 1
+        start, self.offset = self.offset, self.offset + count
+        return RecordBatch(
+            cut=(Range("bench", 0, start, start + count),),
+            series=tuple(self.names[i] for i in chosen),
+            code=np.arange(count, dtype=np.int32),
+            range_index=np.zeros(count, np.int32),
+            offset=np.arange(start, start + count),
+            row=np.zeros(count, np.int32),
+            time_ns=self.seen[chosen] * 10_000_000_000,
+            broker_ns=np.full(count, -1, np.int64),
+            target=self.rng.normal(size=count),
+        )
+
+    def random(self) -> RecordBatch:
+        """As live: of whoever happens to have one."""
+        return self.of(self.rng.choice(len(self.names), PER_STEP, replace=False))
+
+
+def provenance() -> Provenance:
+    return Provenance(
+        "bench", "bench", (Position("bench", 0, 0),), {"bench": "id"}, None, Settings("bench", "", {}, {}), {}, 0
+    )
+
+
+def timed_steps(engine: Engine, cuts: Cuts, until) -> list[float]:
+    """Seconds of each step, until asked to stop."""
+    spent = []
+    while not until(len(spent)):
+        batch = cuts.random()
+        began = time.perf_counter()
+        engine.step(batch)
+        spent.append(time.perf_counter() - began)
+    return spent
+
+
+def raw_write(path: Path, size: int) -> float:
+    block = os.urandom(BLOCK)
+    began = time.perf_counter()
+    with path.open("wb", buffering=0) as file:
+        for left in range(size, 0, -BLOCK):
+            file.write(block[: min(left, BLOCK)])
+        os.fsync(file.fileno())
+    return time.perf_counter() - began
+
+
+def raw_read(paths: list[Path]) -> float:
+    began = time.perf_counter()
+    for path in paths:
+        with path.open("rb", buffering=0) as file:
+            file.read()
+    return time.perf_counter() - began
+
+
+def told(name: str, values: list[float]) -> str:
+    a, b, c = (float(np.quantile(values, q)) * 1e3 for q in (0.5, 0.99, 1.0))
+    return f"{name:<44}{a:8.1f} {b:8.1f} {c:8.1f} ms"
+
+
+def measure_disk(store: CheckpointStore, engine: Engine, directory: Path, series: int) -> None:
+    """Write and load, each beside its peer."""
+    state = engine.state()
+    writes, raws = [], []
+    for _ in range(3):
+        shutil.rmtree(directory / "raw", ignore_errors=True)
+        (directory / "raw").mkdir()
+        began = time.perf_counter()
+        generation = store.write(state, provenance()).generation
+        writes.append(time.perf_counter() - began)
+        raws.append(raw_write(directory / "raw" / "raw", generation.bytes))
+    del state
+    size = generation.bytes
+    paths = sorted((directory / "state" / f"{generation.step:020d}").iterdir())
+    reads, loads = [], []
+    for _ in range(3):
+        reads.append(raw_read(paths))
+        began = time.perf_counter()
+        store.load(generation.step)
+        loads.append(time.perf_counter() - began)
+    print(f"{size / 1e6:.0f} MB, {size / series:.0f} bytes a series")
+    for what, ours, peer in (
+        ("write + fsync", min(writes), min(raws)),
+        ("load + verify, from the page cache", min(loads), min(reads)),
+    ):
+        print(f"{what:<36} {ours:6.2f} s   raw {peer:6.2f} s   {ours / peer:5.2f} x")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--series", type=int, default=100_000)
+    parser.add_argument("--directory", type=Path, default=None)
+    asked = parser.parse_args()
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    engine, cuts = Engine.create(config(), "cpu"), Cuts(asked.series)
+    for _ in range(2):
+        for start in range(0, asked.series, 2000):
+            engine.step(cuts.of(np.arange(start, min(start + 2000, asked.series))))
+    directory = Path(tempfile.mkdtemp(prefix="bench-", dir=asked.directory))
+    store = open_store(directory / "state").open()
+    print(f"torch {torch.__version__}, 1 thread, {asked.series} series, {PER_STEP} records of random series a step")
+    print(f"{'':<44}{'median':>8} {'p99':>8} {'max':>11}")
+
+    quiet = timed_steps(engine, cuts, lambda n: n >= 150)
+    began = time.perf_counter()
+    state = engine.state()
+    snapshot = time.perf_counter() - began
+    done = threading.Event()
+    results = []
+
+    def write(state=state) -> None:
+        began = time.perf_counter()
+        results.append((store.write(state, provenance()), time.perf_counter() - began))
+        done.set()
+
+    del state
+    threading.Thread(target=write, daemon=True).start()
+    write.__defaults__ = ()
+    busy = timed_steps(engine, cuts, lambda _: done.is_set())
+    usual = statistics.median(quiet)
+    print(told("step, nothing beside", quiet))
+    print(told(f"step, checkpoint being written ({len(busy)} steps)", busy))
+    print(told("stall, nothing beside", [max(0.0, s - usual) for s in quiet]))
+    print(told("stall, checkpoint being written", [max(0.0, s - usual) for s in busy]))
+    print(f"snapshot itself {snapshot * 1e3:.1f} ms; written beside {len(busy)} steps in {results[0][1]:.1f} s")
+
+    measure_disk(store, engine, directory, asked.series)
+    store.close()
+    shutil.rmtree(directory)
+
+
+if __name__ == "__main__":
+    main()
