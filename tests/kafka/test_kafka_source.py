@@ -12,7 +12,7 @@ from kafka import errors as kafka_errors
 from kafka.admin import ConfigResource, ConfigResourceType
 from kafka.structs import TopicPartition
 
-from streamlstm.errors import ConfigError, DataError, LogCutBack, LogGap, TopicChanged
+from streamlstm.errors import ConfigError, DataError, LogCutBack, LogGap, Temporary, TopicChanged
 from streamlstm.records.batch import Messages, Range
 from streamlstm.transport.interfaces import Position
 from streamlstm.transport.kafka.group import GroupOffsets
@@ -540,6 +540,26 @@ def test_a_broker_that_goes_away_and_comes_back_is_waited_for(
     deployment.fill(0, numbered(5, "w"))
     values = [v for m in drain(source, 5) for v in m.value]
     assert values == numbered(5, "w")
+
+
+def test_a_broker_that_is_gone_is_noticed_whatever_waits_in_memory(
+    deploy: Callable[..., Deployment], own_broker: Cluster
+) -> None:
+    deployment = deploy(own_broker).with_topics()
+    deployment.fill(0, numbered(500))
+    source = deployment.source()
+    source.seek(source.resolve_start("earliest"))
+    assert source.poll(10, 5.0) is not None
+    own_broker.do("kill")
+
+    def noticed() -> bool:
+        try:
+            source.poll(1, 0.1)
+        except Temporary:
+            return True
+        return False
+
+    wait_until(noticed, 40, "the broker is missed")
 
 
 def test_a_damaged_batch_stops_the_stream(deploy: Callable[..., Deployment], own_broker: Cluster) -> None:

@@ -187,7 +187,7 @@ class KafkaSource:
         if not any(p.records for p in self._partitions):
             self._fill(timeout_s)
         awaited = self._awaits_news()
-        self._listen()
+        self._listen(idle=awaited or not any(p.records for p in self._partitions))
         if awaited:
             return None
         turns, self._first = take_turns(
@@ -268,10 +268,10 @@ class KafkaSource:
             raise missing(self._config, (name for name in names if found[name] is None))
         return topics
 
-    def _listen(self) -> None:
+    def _listen(self, *, idle: bool) -> None:
         """After a silence, ask the broker whether it is there. An empty log and a dead broker look alike otherwise."""
         now_s = time.monotonic()
-        if not any(p.records for p in self._partitions):
+        if idle:
             if now_s - self._heard_s < SILENCE_S:
                 return
             self._offsets("end_offsets", [self._partitions[0].tp], _ASK_TIMEOUT_S)
