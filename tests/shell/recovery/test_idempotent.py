@@ -11,6 +11,7 @@ import pytest
 from fakes import PACE, SETTINGS, Broker, Crash, Fate, Process, TinyEncoder, message
 
 from streamlstm.errors import CheckpointNotWritten, ProgressError
+from streamlstm.recovery.branching import revert
 from streamlstm.recovery.disk import Disk
 from streamlstm.recovery.journal import Journal
 from streamlstm.recovery.progress import Chain, Incarnation, Steps, decode_record, read_chain
@@ -290,6 +291,26 @@ def test_what_is_repeated_is_encoded_as_it_was_recorded(tmp_path):
     process.store.close()
 
     assert asked == [(SETTINGS.hash, 0)]
+
+
+def test_going_back_without_transactions_publishes_again_what_comes_after(tmp_path):
+    reference, digests = never_stopped(tmp_path)
+    broker, state = filled(), tmp_path / "state"
+    life(broker, state).run()
+    going_back = life(broker, state)
+    step = going_back.store.steps()[1]
+    revert(going_back.store, going_back.publisher, going_back.world.progress, "n", step, [], lambda: "another")
+    going_back.publisher.close()
+    going_back.store.close()
+
+    process = life(broker, state)
+    engine = process.run()
+
+    assert process.ready.revision == 1
+    assert chain_of(state).revision == 1
+    assert len(broker.published) > len(reference[0])
+    assert out(broker) == reference
+    assert engine.state().digests() == digests
 
 
 def test_with_transactions_nothing_is_published_again(tmp_path):
