@@ -366,13 +366,18 @@ class CheckpointStore:
         if not isinstance(stored, ScratchView):
             return None
         last = self._last
-        steps, digest = (
-            ([last[1]], last[2]) if last and last[0]() is stored.scratch else (reversed(self.steps()), stored.origin)
-        )
+        try:
+            steps, digest = (
+                ([last[1]], last[2])
+                if last and last[0]() is stored.scratch
+                else (list(reversed(self.steps())), stored.origin)
+            )
+        except (StreamlstmError, OSError):
+            return None
         for step in steps:
             try:
                 header = self.header(step)
-            except (CheckpointError, OSError):
+            except (StreamlstmError, OSError):
                 continue
             if header.generation.digest == digest:
                 return header

@@ -12,9 +12,11 @@ import pytest
 import streams
 from fakes import fingerprint
 
+from streamlstm.engine.core import Engine
 from streamlstm.recovery.checkpoint import CheckpointStore, open_store
 from streamlstm.recovery.generations import Provenance, Settings
 from streamlstm.recovery.progress import Link
+from streamlstm.recovery.stored import Room, TieredEngine
 from streamlstm.transport.interfaces import Frozen, Position
 
 SEED = 17
@@ -36,13 +38,15 @@ def provenance(offset: int) -> Provenance:
 @pytest.fixture(scope="module")
 def store(tmp_path_factory) -> CheckpointStore:
     """Two generations of a real engine, with all the files that one can have."""
-    config = streams.small_config()
-    batch = streams.random_batch(SEED, 400, 9, "mixed")
-    opened = open_store(tmp_path_factory.mktemp("damage") / "state").open()
-    for cuts in ([0, 200], [0, 200, 400]):
-        engine, _ = streams.run(config, batch, cuts)
+    root = tmp_path_factory.mktemp("damage")
+    config = streams.small_config(series={"max_series": 50})
+    batch = streams.random_batch(SEED, 600, 60, "mixed")
+    opened = open_store(root / "state").open()
+    engine = TieredEngine(Engine.create(config, "cpu"), Room(root / "scratch"))
+    for start, end in ((0, 200), (200, 400), (400, 600)):
+        engine.step(streams.part(batch, start, end))
         beside = Frozen({"lengths": [3]}, {"open": np.arange(30.0)})
-        opened.write(engine.state(), provenance(cuts[-1]), beside)
+        opened.write(engine.state(), provenance(end), beside)
     return opened
 
 
@@ -63,6 +67,17 @@ def campaign(store: CheckpointStore, trials: int) -> str:
     expected = store.load(previous).state.digests()
     assert isinstance(store.directory, Path)
     files = sorted((store.directory / f"{whole.generation.step:020d}").iterdir())
+    kinds = {path.name.partition("-")[0] for path in files}
+    assert kinds == {
+        "MANIFEST.json",
+        "beside.json",
+        "beside.pt",
+        "meta.json",
+        "model.pt",
+        "optim.pt",
+        "state",
+        "stored",
+    }
     found: Counter[str] = Counter()
     for trial in range(trials):
         path = files[trial % len(files)]
@@ -86,7 +101,7 @@ def campaign(store: CheckpointStore, trials: int) -> str:
 
 
 def test_no_damage_to_a_real_checkpoint_goes_unseen(store):
-    print(campaign(store, 700))
+    print(campaign(store, 400))
 
 
 @pytest.mark.soak
