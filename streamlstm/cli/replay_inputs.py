@@ -1,6 +1,6 @@
 """Where the cuts of a replay come from: files, topics, or what a live run recorded."""
 
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +19,7 @@ from streamlstm.recovery.archive import open_outside
 from streamlstm.recovery.checkpoint import open_store
 from streamlstm.recovery.generations import MANIFEST, Generation, Loaded, load_generation
 from streamlstm.recovery.inspection import LATEST, step_of
-from streamlstm.recovery.progress import Chain, Link, read_chain
+from streamlstm.recovery.progress import Chain, Link, Value, read_chain
 from streamlstm.recovery.resume import why_not_on
 from streamlstm.service.keeping import Begun
 from streamlstm.service.replay import Fed, Made, Recorded, feed_merged, feed_recorded, feed_source
@@ -225,9 +225,9 @@ class _Span:
     """
     Recorded steps: those after ``after`` up to ``last``, from ``positions`` on.
 
-    ``link`` is the record of the chain they follow. ``made`` is who computed those whose incarnation was trimmed away:
-    the one that wrote the checkpoint. ``known`` is what the chain says of the steps between: if it is another when the
-    replay goes on, what was computed already does not count any more.
+    ``link`` is the record of the chain they follow. ``made`` and ``learning`` are for those whose incarnation was
+    trimmed away: the one that wrote the checkpoint. ``known`` is what the chain says of the steps between: if it is
+    another when the replay goes on, what was computed already does not count any more.
     """
 
     link: Link | None
@@ -237,13 +237,19 @@ class _Span:
     topic_ids: TopicIds
     excluded: tuple[Range, ...]
     made: Made | None
+    learning: Mapping[str, Value] | None
     known: list[object]
 
     def freeze(self) -> Frozen:
         """All of it but where it begins."""
-        return Frozen(
-            {"link": self.link, "last": self.last, "excluded": self.excluded, "made": self.made, "known": self.known}
-        )
+        return Frozen({
+            "link": self.link,
+            "last": self.last,
+            "excluded": self.excluded,
+            "made": self.made,
+            "learning": self.learning,
+            "known": self.known,
+        })  # fmt: skip
 
     @classmethod
     def thaw(cls, begun: Begun) -> "_Span":
@@ -257,6 +263,7 @@ class _Span:
             topic_ids=begun.provenance.topic_ids,
             excluded=tuple(Range(*r) for r in told["excluded"]),
             made=Made(*told["made"]) if told["made"] else None,
+            learning=told["learning"],
             known=told["known"],
         )
 
@@ -301,6 +308,7 @@ def _span(config: Config, deadline: Deadline, begun: Begun | None, base: Generat
             topic_ids=made.topic_ids,
             excluded=made.excluded if chain.excluded is None else chain.excluded,
             made=Made(made.settings.hash, made.fingerprint.get("streamlstm", __version__), made.revision),
+            learning=dict(made.settings.learning),
             known=_known(chain, chain.last_step),
         )
     chain = _read_from(config, deadline, None)
@@ -318,6 +326,7 @@ def _span(config: Config, deadline: Deadline, begun: Begun | None, base: Generat
         topic_ids=chain.origin.topic_ids,
         excluded=chain.excluded or (),
         made=None,
+        learning=None,
         known=_known(chain, chain.last_step),
     )
 
@@ -329,7 +338,12 @@ def _open_recorded(
     with _open_cluster(config) as cluster:
         chain, span = _span(config, cluster.deadline, begun, base)
         steps = [
-            Recorded(step.cut, step.digest, _made(chain, step.incarnation) or span.made)
+            Recorded(
+                step.cut,
+                step.digest,
+                _made(chain, step.incarnation) or span.made,
+                _learning(chain, step.incarnation) or span.learning,
+            )
             for step in chain.to_replay(span.after)
             if step.number <= span.last
         ]
@@ -351,6 +365,11 @@ def _open_recorded(
             topic_ids=lambda: span.topic_ids,
             freeze=span.freeze,
         )
+
+
+def _learning(chain: Chain, incarnation: str) -> Mapping[str, Value] | None:
+    maker = chain.incarnation(incarnation)
+    return maker and maker.learning
 
 
 def _made(chain: Chain, incarnation: str) -> Made | None:

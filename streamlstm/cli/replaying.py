@@ -34,12 +34,12 @@ from streamlstm.recovery.checkpoint import CheckpointStore, Keep, open_store
 from streamlstm.recovery.disk import Disk
 from streamlstm.recovery.fingerprint import compare_fingerprints, take_fingerprint
 from streamlstm.recovery.generations import Loaded, Settings
-from streamlstm.recovery.making import EngineMaker, Steppable
+from streamlstm.recovery.making import EngineMaker
 from streamlstm.service.daemon import CheckpointSchedule
 from streamlstm.service.encode import ForecastEncoder
 from streamlstm.service.keeping import Begun, Clocks, Keeper, Live, Terms, take_up
 from streamlstm.service.logging import configure_logging
-from streamlstm.service.replay import Fed, Made, Summary, Tally, replay
+from streamlstm.service.replay import Fed, Learner, Made, Summary, Tally, replay
 from streamlstm.service.stopping import Stop, signals_stop
 from streamlstm.transport.appended import AppendedFile, Output
 from streamlstm.transport.deadline import leave
@@ -83,7 +83,7 @@ def replay_history(config: Config, asked: Asked, *, as_json: bool, machine: Mach
         begun = _take_up(config, asked, store, machine) if store and asked.resume else None
         base = None if begun or asked.from_checkpoint is None else load_named(config, asked.from_checkpoint)
         feed = stack.enter_context(open_feed(config, asked, begun, base and base.generation))
-        engine = _make_engine(machine.maker, config, begun, base)
+        engine = _make_engine(machine.maker, config, asked, begun, base)
         del base  # the engine has its own copy
         tally = Tally(config.model.horizons, asked.score_from, asked.standardise or 0, begun and begun.tally)
         outputs = _open_outputs(stack, config, asked, tally, begun, machine.disk)
@@ -102,7 +102,7 @@ def replay_history(config: Config, asked: Asked, *, as_json: bool, machine: Mach
             for listener in listeners:
                 listener(report, fed)
 
-        replay(feed.cuts, feed.decode, engine, tally, each)
+        replay(engine.heed(feed.cuts), feed.decode, engine, tally, each)
         if keeper and not (begun and begun.finished and engine.step_number == begun.state.step):
             keeper.keep(finished=True)
         for opened in outputs.values():
@@ -206,15 +206,18 @@ def _keeper(
     )
 
 
-def _make_engine(maker: EngineMaker, config: Config, begun: Begun | None, base: Loaded | None) -> Steppable:
-    """Going on, from a checkpoint, or from nothing."""
+def _make_engine(maker: EngineMaker, config: Config, asked: Asked, begun: Begun | None, base: Loaded | None) -> Learner:
+    """Going on, from a checkpoint, or from nothing. A recorded step says itself what it is computed under."""
     now = learning_values(config)
-    then = now if begun or base is None else base.generation.provenance.settings.learning
-    state = begun.state if begun else base.state if base else None
-    if state is None:
-        return maker.create(now)
+    if begun:
+        state, then = begun.state, begun.learning
+    elif base:
+        state, then = base.state, base.generation.provenance.settings.learning
+    else:
+        return Learner(maker, maker.create(now), now)
+    learning = then if asked.recorded else now
     try:
-        return maker.restore(state, then, now)
+        return Learner(maker, maker.restore(state, then, learning), learning)
     except ValueError as error:
         raise ConfigError(f"the state of step {state.step} does not fit the configuration: {error}") from error
 

@@ -16,7 +16,7 @@ from streamlstm.errors import CheckpointError, CheckpointNotWritten, ConfigError
 from streamlstm.recovery.background import BackgroundWriter, Failed, Outcome
 from streamlstm.recovery.checkpoint import CheckpointStore, Refused
 from streamlstm.recovery.generations import Provenance, Settings
-from streamlstm.recovery.progress import positions_after
+from streamlstm.recovery.progress import Value, positions_after
 from streamlstm.service.daemon import CheckpointSchedule, Log
 from streamlstm.service.replay import Fed, Tally, pack, unpack
 from streamlstm.service.stopping import Stop
@@ -31,7 +31,8 @@ class Begun(NamedTuple):
     A replay as its newest generation left it. ``refused`` were newer and bad.
 
     ``asked`` is what it was told to do, ``input`` what its input must still be. ``messages`` were read, and in
-    ``spent_s``; ``finished``: they were all.
+    ``spent_s``; ``finished``: they were all. ``learning`` are the values of the learning keys that the state was made
+    under.
     """
 
     state: EngineState
@@ -43,6 +44,7 @@ class Begun(NamedTuple):
     messages: int
     finished: bool
     spent_s: float
+    learning: Mapping[str, Value]
     refused: Sequence[Refused]
 
 
@@ -79,6 +81,7 @@ def take_up(store: CheckpointStore, settings: Settings) -> Begun | None:
         messages=life["messages"],
         finished=life["finished"],
         spent_s=life["spent_s"],
+        learning=life["learning"],
         refused=refused,
     )
 
@@ -88,7 +91,12 @@ class Keeps(Protocol):
 
     @property
     def step_number(self) -> int:
-        """The last step's."""
+        """Of the newest step."""
+        ...
+
+    @property
+    def learning(self) -> Mapping[str, Value]:
+        """The values of the learning keys that its state was made under."""
         ...
 
     def state(self) -> EngineState:
@@ -194,6 +202,7 @@ class Keeper:
             "messages": self._live.tally.summary.messages,
             "finished": finished,
             "spent_s": self._clocks.spent_s(),
+            "learning": dict(self._live.engine.learning),
         }
         beside = pack({
             "life": Frozen(life),

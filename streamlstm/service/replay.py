@@ -14,9 +14,14 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
+from streamlstm.config.keys import changed
 from streamlstm.engine.report import Outcome, StepReport
+from streamlstm.engine.state import EngineState
+from streamlstm.errors import ConfigError
 from streamlstm.records.batch import Cut, Headers, Messages, Range, RecordBatch, Rejected
 from streamlstm.recovery.exclusions import drop_excluded
+from streamlstm.recovery.making import EngineMaker, Steppable
+from streamlstm.recovery.progress import Value
 from streamlstm.service.scores import StreamScores
 from streamlstm.transport.forecasts import SeriesNumbers
 from streamlstm.transport.interfaces import Frozen, Position
@@ -24,7 +29,7 @@ from streamlstm.transport.interfaces import Frozen, Position
 _FETCH = 2000
 
 
-class Steppable(Protocol):
+class Computes(Protocol):
     """The engine, as far as a replay needs it."""
 
     def step(self, batch: RecordBatch) -> StepReport:
@@ -41,11 +46,15 @@ class Made(NamedTuple):
 
 
 class Fed(NamedTuple):
-    """One cut to replay; where it was recorded, the digest (hex) of its outputs when it was live, and who made them."""
+    """
+    One cut to replay; where it was recorded, the digest (hex) of its outputs when it was live, who made them, and under
+    which values of the learning keys.
+    """
 
     messages: Messages
     digest: str | None = None
     made: Made | None = None
+    learning: Mapping[str, Value] | None = None
 
 
 class Recorded(NamedTuple):
@@ -54,6 +63,7 @@ class Recorded(NamedTuple):
     cut: Cut
     digest: str | None
     made: Made | None = None
+    learning: Mapping[str, Value] | None = None
 
 
 class ReadsCuts(Protocol):
@@ -113,6 +123,46 @@ class Summary:
         return cls(**values)
 
 
+class Learner:
+    """
+    An engine that is remade where recorded steps were computed under other values of the learning keys.
+
+    Files and topics were recorded by nobody: all of them is computed under the ``learning`` it begins with.
+    """
+
+    def __init__(self, maker: EngineMaker, engine: Steppable, learning: Mapping[str, Value]) -> None:
+        self._maker, self._engine, self.learning = maker, engine, learning
+
+    @property
+    def step_number(self) -> int:
+        """Of the newest step."""
+        return self._engine.step_number
+
+    def step(self, batch: RecordBatch) -> StepReport:
+        """Take in one cut."""
+        return self._engine.step(batch)
+
+    def state(self) -> EngineState:
+        """A snapshot, immutable; made under :attr:`learning`."""
+        return self._engine.state()
+
+    def heed(self, cuts: Iterable[Fed]) -> Generator[Fed, None, None]:
+        """
+        The same cuts; before each the engine is as it is to be computed.
+
+        Raises :class:`~streamlstm.errors.ConfigError` where the state cannot be taken over.
+        """
+        for fed in cuts:
+            if fed.learning is not None and changed(self.learning, fed.learning):
+                try:
+                    self._engine = self._maker.restore(self._engine.state(), self.learning, fed.learning)
+                except ValueError as error:
+                    keys = ", ".join(changed(self.learning, fed.learning))
+                    raise ConfigError(f"the state cannot take over {keys}: {error}") from error
+                self.learning = fed.learning
+            yield fed
+
+
 class Tally:
     """
     What a replay comes to, step by step: counts, scores, and the numbers that its series have.
@@ -144,7 +194,7 @@ class Tally:
 def replay(
     feed: Iterable[Fed],
     decode: Callable[[Messages], RecordBatch],
-    engine: Steppable,
+    engine: Computes,
     tally: Tally,
     each: Callable[[StepReport, Fed], None],
 ) -> None:
@@ -193,9 +243,9 @@ def feed_recorded(
     steps: Iterable[Recorded], source: ReadsCuts, timeout_s: float, excluded: Sequence[Range] = ()
 ) -> Generator[Fed, None, None]:
     """The recorded cuts without the excluded ranges, each with its digest, if it still says something."""
-    for cut, digest, made in steps:
-        messages, _ = drop_excluded(source.read(cut, timeout_s), excluded)
-        yield Fed(messages, digest, made)
+    for step in steps:
+        messages, _ = drop_excluded(source.read(step.cut, timeout_s), excluded)
+        yield Fed(messages, step.digest, step.made, step.learning)
 
 
 def feed_merged(

@@ -14,11 +14,11 @@ from streamlstm.recovery.progress import read_chain
 START_S = 1_795_075_200
 
 
-def fill(deployment: Deployment, records: int = 60) -> None:
+def fill(deployment: Deployment, records: int = 60, first: int = 0) -> None:
     """Two partitions whose broker timestamps interleave, ten seconds apart; one record is no JSON."""
     producer = deployment.producer()
     for partition in (0, 1):
-        for i in range(records):
+        for i in range(first, first + records):
             second = START_S + 20 * i + 10 * partition
             value = json.dumps({"ts": second, "value": math.sin(i / 3 + partition)}).encode()
             if (partition, i) == (1, 7):
@@ -156,3 +156,26 @@ def test_a_replay_of_a_topic_that_was_interrupted_goes_on_to_the_end_it_had(
     for suffix in (".jsonl", ".dead"):
         assert (tmp_path / f"b{suffix}").read_bytes() == (tmp_path / f"a{suffix}").read_bytes()
     assert len((tmp_path / "a.jsonl").read_bytes().splitlines()) == 799
+
+
+def test_recorded_steps_are_computed_under_the_learning_values_they_were_made_with(
+    deployment: Deployment, service: Service, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Killed between the two as well: the state that goes on is the one of other values than the configuration's."""
+    fill(deployment, 300)
+    for first in (True, False):
+        service.start(*([] if first else ["--set", "training.k1=8", "--set", "training.clip_norm=0.01"]))
+        service.wait_ready()
+        consumed(deployment, 300 if first else 600)
+        assert service.stop() == 0
+        if first:
+            fill(deployment, 300, first=300)
+    out = tmp_path / "f.jsonl"
+    kept = ["--cuts", "progress", "--out", out, "--checkpoint-to", tmp_path / "kept", "--resume"]
+    replay(capsys, service, *kept, "--rows", 100)
+    replay(capsys, service, *kept, "--rows", 700)
+    said = replay(capsys, service, *kept)
+    assert said["recorded_digests"] == {"compared": said["steps"], "differing": 0}
+    published = deployment.committed(deployment.config.forecast_topic)
+    assert len({json.loads(value)["model"]["config"] for value in published}) == 2
+    assert sorted(out.read_bytes().splitlines(), key=coordinates) == sorted(published, key=coordinates)

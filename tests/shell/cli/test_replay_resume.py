@@ -155,7 +155,7 @@ def test_a_replay_that_is_killed_again_and_again_leaves_the_same_bytes(lives: Li
 @pytest.mark.soak
 @pytest.mark.timeout(7200)
 def test_two_hundred_kills_leave_no_trace(lives: Lives) -> None:
-    assert campaign(lives, 200, seed=int(os.environ.get("STREAMLSTM_SEED", "18"))) >= 200
+    assert campaign(lives, 200, seed=int(os.environ.get("REPLAY_SEED", "18"))) >= 200
 
 
 def test_a_request_to_stop_leaves_a_checkpoint_and_says_how_to_go_on(lives: Lives) -> None:
