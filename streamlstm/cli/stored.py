@@ -57,9 +57,9 @@ def list_all(loaded: Loaded, *, as_json: bool) -> None:
         click.echo(f"no checkpoint in {store.name}")
     if rows:
         _print_table(
-            ("step", "time", "age", "bytes", "series", "deployment", "run", "state", "positions"),
+            ("step", "time", "age", "bytes", "series", "deployment", "run", "revision", "state", "positions"),
             [_cells(row) for row in here + aside],
-            right={"step", "age", "bytes", "series"},
+            right={"step", "age", "bytes", "series", "revision"},
         )
     if here:
         suggest(f"streamlstm checkpoint show latest -c {loaded.file}")
@@ -216,6 +216,7 @@ def _row(found: Listed, now_s: float) -> dict[str, Any]:
         "series": found.generation.series,
         "name": made.settings.name,
         "lineage": made.lineage,
+        "revision": made.revision,
         "config": made.settings.hash[:_SHORT],
         "positions": [p._asdict() for p in made.positions],
     }
@@ -226,19 +227,11 @@ def _cells(row: dict[str, Any]) -> tuple[str, ...]:
     if row["aside"]:
         state = f"put aside as {row['aside']}: {state}"
     if not row["valid"]:
-        return (str(row["step"]), "", "", "", "", "", "", state, "")
+        return (str(row["step"]), *[""] * 7, state, "")
     where = " ".join(f"{p['topic']}-{p['partition']}@{p['next_offset']}" for p in row["positions"])
     size = (f"{row['bytes']:,}", f"{row['series']:,}")
-    return (
-        str(row["step"]),
-        row["time"],
-        _age(row["age_s"]),
-        *size,
-        row["name"],
-        row["lineage"][:_SHORT],
-        state,
-        where,
-    )
+    run = (row["name"], row["lineage"][:_SHORT], str(row["revision"]))
+    return (str(row["step"]), row["time"], _age(row["age_s"]), *size, *run, state, where)
 
 
 def _told_moved(moved: Moved, *, dry_run: bool) -> str:
@@ -249,7 +242,10 @@ def _print_facts(told: dict[str, Any]) -> None:
     """A generation, a fact a line."""
     progress, config = told["progress"], told["config"]
     click.echo(f"checkpoint of step {told['step']}, made {told['time']}")
-    click.echo(f"  deployment   {told['name']}, run {told['lineage']}, incarnation {told['incarnation'] or 'none yet'}")
+    click.echo(f"  deployment   {told['name']}, incarnation {told['incarnation'] or 'none yet'}")
+    click.echo(f"  run          {told['lineage']}, revision {told['revision']}")
+    for r in told["excluded"]:
+        click.echo(f"  excluded     {r['topic']}-{r['partition']}, offsets {r['start']} to {r['end'] - 1}")
     stands = f"progress offset {progress['offset']}" if progress else "nothing: it precedes the chain"
     click.echo(f"  stands on    {stands}")
     click.echo(f"  content      {told['series']:,} series, {told['bytes']:,} bytes{_each(told['bytes_per_series'])}")

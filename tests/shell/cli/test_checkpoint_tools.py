@@ -108,6 +108,7 @@ def test_show_says_where_it_stands_and_what_is_in_it(capsys, config):
     shown = told(capsys, "show", "latest", "-c", config)
     assert shown["positions"] == [{"topic": "in", "partition": 0, "next_offset": 70}]
     assert shown["topic_ids"] == {"in": "topic-id"}
+    assert (shown["revision"], shown["excluded"]) == (0, [])
     assert shown["progress"] == {"offset": 14, "digest": "digest 7"}
     assert (shown["series"], shown["queued_windows"]) == (2, 1)
     assert shown["counters"] == {"fresh": 70, "learner.number": 7}
