@@ -393,7 +393,7 @@ class TinyEngine:
             if self.records % 5 == 0:
                 self.weight = self.weight + self.gain * 0.01 * y
                 self.moment = self.moment * 0.9 + y
-        self.step_number += 1
+        self.step_number += batch.steps
         m = len(yhat)
         return StepReport(
             step=self.step_number,

@@ -191,7 +191,7 @@ class Engine:
         self._fresh += len(work)
         self._warming += admitted.warming_change
         self._watermark = admitted.watermark
-        self.step_number += 1
+        self.step_number += batch.steps
         forgotten = self._drop_forgotten() + int(admitted.forgotten_M.sum())
         return self._report(work, tuple(updates), self._resets(admitted, zeroed), forgotten)
 

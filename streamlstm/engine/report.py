@@ -5,8 +5,9 @@ Axes: N records of the batch, M fresh records (those that were forecast), K hori
 """
 
 import hashlib
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from enum import IntEnum
 
 import numpy as np
@@ -118,34 +119,85 @@ class StepReport:
 
         Not of encoded bytes: a new field in the JSON must not break every progress chain.
         """
+        return _digest(self.batch, self.outcome_N, self.forecasts, self.rejected)
+
+    def digests(self, lengths: Sequence[int]) -> list[bytes]:
+        """
+        What :meth:`digest` would have been of each of the steps that this one was joined from: ``lengths`` of its
+        ranges were the cut of the first, and so on.
+        """
+        if len(lengths) == 1:
+            return [self.digest()]
         batch, out = self.batch, self.forecasts
-        place_R = _places(batch)
-        order_N = _by_coordinates(batch, place_R, np.arange(len(batch), dtype=np.int32))
-        order_M = _by_coordinates(batch, place_R, out.record_M)
-        sha = hashlib.sha256()
-        for topic, partition in sorted({(r.topic, r.partition) for r in batch.cut}):
-            sha.update(f"{topic}\0{partition}\n".encode())
-        for code in batch.code[order_N].tolist():
-            key = batch.series[code].key.encode(errors="surrogatepass")
-            sha.update(b"%d:%b" % (len(key), key))
-        for name, column in (
-            ("place", place_R[batch.range_index[order_N]]),
-            ("outcome", self.outcome_N[order_N]),
-            ("offset", batch.offset[order_N]),
-            ("row", batch.row[order_N]),
-            ("record_offset", batch.offset[out.record_M][order_M]),
-            ("record_row", batch.row[out.record_M][order_M]),
-            ("clock", out.clock_M[order_M]),
-            ("interval", out.interval_ns_M[order_M]),
-            ("update", out.update_M[order_M]),
-            ("warming", out.warming_M[order_M]),
-            ("yhat", out.yhat_MK[order_M]),
-        ):
-            sha.update(f"{name}:{column.dtype.str}:{column.shape};".encode())
-            sha.update(np.ascontiguousarray(column).tobytes())
-        for r in sorted(self.rejected):
-            sha.update(f"{r.topic}\0{r.partition}\0{r.offset}\0{r.row}\0{r.reason}\n".encode())
-        return sha.digest()
+        end_S = np.cumsum(lengths)
+        end_N = np.searchsorted(batch.range_index, end_S)
+        end_M = np.searchsorted(out.record_M, end_N)
+        rejected = self._rejected_by_part(end_S)
+        digests: list[bytes] = []
+        r = n = m = 0
+        for part, (to_r, to_n, to_m) in enumerate(zip(end_S.tolist(), end_N.tolist(), end_M.tolist(), strict=True)):
+            cut = replace(
+                batch,
+                cut=batch.cut[r:to_r],
+                code=batch.code[n:to_n],
+                range_index=batch.range_index[n:to_n] - r,
+                offset=batch.offset[n:to_n],
+                row=batch.row[n:to_n],
+            )
+            made = replace(
+                out,
+                record_M=out.record_M[m:to_m] - n,
+                clock_M=out.clock_M[m:to_m],
+                interval_ns_M=out.interval_ns_M[m:to_m],
+                update_M=out.update_M[m:to_m],
+                warming_M=out.warming_M[m:to_m],
+                yhat_MK=out.yhat_MK[m:to_m],
+            )
+            digests.append(_digest(cut, self.outcome_N[n:to_n], made, rejected[part]))
+            r, n, m = to_r, to_n, to_m
+        return digests
+
+    def _rejected_by_part(self, end_S: I64) -> list[list[Rejected]]:
+        parts: list[list[Rejected]] = [[] for _ in end_S]
+        if self.rejected:
+            part_R = np.searchsorted(end_S, np.arange(len(self.batch.cut)), side="right").tolist()
+            ranges: dict[tuple[str, int], list[tuple[int, int]]] = {}
+            for part, r in zip(part_R, self.batch.cut, strict=True):
+                ranges.setdefault((r.topic, r.partition), []).append((r.end, part))
+            for found in self.rejected:
+                within = ranges[found.topic, found.partition]
+                parts[within[bisect_right(within, (found.offset, len(parts)))][1]].append(found)
+        return parts
+
+
+def _digest(batch: RecordBatch, outcome_N: NDArray[np.uint8], out: Forecasts, rejected: Sequence[Rejected]) -> bytes:
+    place_R = _places(batch)
+    order_N = _by_coordinates(batch, place_R, np.arange(len(batch), dtype=np.int32))
+    order_M = _by_coordinates(batch, place_R, out.record_M)
+    sha = hashlib.sha256()
+    for topic, partition in sorted({(r.topic, r.partition) for r in batch.cut}):
+        sha.update(f"{topic}\0{partition}\n".encode())
+    for code in batch.code[order_N].tolist():
+        key = batch.series[code].key.encode(errors="surrogatepass")
+        sha.update(b"%d:%b" % (len(key), key))
+    for name, column in (
+        ("place", place_R[batch.range_index[order_N]]),
+        ("outcome", outcome_N[order_N]),
+        ("offset", batch.offset[order_N]),
+        ("row", batch.row[order_N]),
+        ("record_offset", batch.offset[out.record_M][order_M]),
+        ("record_row", batch.row[out.record_M][order_M]),
+        ("clock", out.clock_M[order_M]),
+        ("interval", out.interval_ns_M[order_M]),
+        ("update", out.update_M[order_M]),
+        ("warming", out.warming_M[order_M]),
+        ("yhat", out.yhat_MK[order_M]),
+    ):
+        sha.update(f"{name}:{column.dtype.str}:{column.shape};".encode())
+        sha.update(np.ascontiguousarray(column).tobytes())
+    for r in sorted(rejected):
+        sha.update(f"{r.topic}\0{r.partition}\0{r.offset}\0{r.row}\0{r.reason}\n".encode())
+    return sha.digest()
 
 
 def _places(batch: RecordBatch) -> NDArray[np.int64]:

@@ -116,6 +116,7 @@ class RecordBatch:
 
     ``series`` lists each distinct series once, in order of first appearance, and ``code`` says which one a
     record belongs to. ``target`` is NaN where the value is missing, and finite (also as a float32) otherwise.
+    ``steps`` is how many steps the cut counts as: more than one where recorded cuts were joined.
 
     Tombstones are no records. ``skipped`` counts those that were passed over, whatever their meaning. Where they mean
     a reset, the series ``reset_code[i]`` starts anew before record ``reset_at[i]`` (ascending) or whatever
@@ -135,6 +136,7 @@ class RecordBatch:
     skipped: int = 0
     reset_at: I32 = field(default_factory=_none)
     reset_code: I32 = field(default_factory=_none)
+    steps: int = 1
 
     def __len__(self) -> int:
         return len(self.code)

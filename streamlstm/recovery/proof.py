@@ -11,16 +11,15 @@ from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 from streamlstm.config.keys import changed
-from streamlstm.engine.report import StepReport
 from streamlstm.errors import CheckpointError, ConfigError, ProgressError
-from streamlstm.records.batch import Cut
+from streamlstm.records.batch import Cut, Messages
 from streamlstm.recovery.checkpoint import CheckpointStore, Refused
-from streamlstm.recovery.exclusions import drop_excluded
 from streamlstm.recovery.fingerprint import Fingerprint, compare_fingerprints
 from streamlstm.recovery.generations import Generation, Loaded, Settings
+from streamlstm.recovery.joining import Computed, compute_together, join_steps
 from streamlstm.recovery.making import EngineMaker, Steppable
 from streamlstm.recovery.progress import Chain, RecordedStep
-from streamlstm.recovery.resume import Decode
+from streamlstm.recovery.resume import Decode, seek_to_replay
 from streamlstm.recovery.segments import Segments
 from streamlstm.recovery.standing import why_not_on
 from streamlstm.transport.interfaces import LiveSource
@@ -133,32 +132,25 @@ def prove(
     loaded = bench.store.load(generation.step)
     verdict = Verdict(generation.step, last)
     on_the_way = set(_generations(bench.store, chain, generation.step, last))
-    for engine, step, report, messages in recompute(bench, chain, loaded, last):
-        verdict.steps += 1
-        verdict.messages += messages
-        verdict.records += sum(report.counts().values())
-        verdict.updates += len(report.updates)
-        if step.digest is not None:
-            verdict.compared += 1
-            if report.digest().hex() != step.digest:
+    for engine, done in _recompute(bench, chain, loaded, last, on_the_way):
+        verdict.steps += len(done.steps)
+        verdict.messages += done.read
+        verdict.records += sum(done.report.counts().values())
+        verdict.updates += len(done.report.updates)
+        for step, digest in zip(done.steps, done.digests, strict=True):
+            verdict.compared += step.digest is not None
+            if step.digest not in (None, digest):
                 verdict.differs(Mismatch(step.number, "outputs", step.cut))
-        if step.number in on_the_way:
-            _compare_state(bench.store, engine, step, verdict)
+        if done.steps[-1].number in on_the_way:
+            _compare_state(bench.store, engine, done.steps[-1], verdict)
         each(verdict)
     return verdict
 
 
-class Recomputed(NamedTuple):
-    """One step computed again: the engine after it, what it gave, and of how many messages."""
-
-    engine: Steppable
-    step: RecordedStep
-    report: StepReport
-    messages: int
-
-
-def recompute(bench: Bench, chain: Chain, loaded: Loaded, last: int) -> Iterator[Recomputed]:
-    """The recorded steps after a generation, in order, up to ``last``."""
+def _recompute(
+    bench: Bench, chain: Chain, loaded: Loaded, last: int, ends: set[int]
+) -> Iterator[tuple[Steppable, Computed]]:
+    """The recorded steps after a generation, in order, up to ``last``; the engine as it is after each of ``ends``."""
     generation = loaded.generation
     made = generation.provenance
     steps = [step for step in chain.to_replay(generation.step) if step.number <= last]
@@ -171,16 +163,14 @@ def recompute(bench: Bench, chain: Chain, loaded: Loaded, last: int) -> Iterator
     excluded = made.excluded if chain.excluded is None else chain.excluded
     segments = Segments(bench.maker, chain, loaded)
     del loaded  # the engine has its own copy
-    bench.source.pass_over(excluded)
-    bench.source.seek(made.positions)
-    for step in steps:
-        messages = bench.source.read(step.cut, bench.read_timeout_s)
-        used, _ = drop_excluded(messages, excluded)
-        engine = segments.engine_for(step)
-        report = engine.step(bench.decode(used))
-        if report.step != step.number:
-            raise ProgressError(f"computing step {step.number} again, the engine counts {report.step}")
-        yield Recomputed(engine, step, report, len(messages))
+    seek_to_replay(bench.source, chain, generation, excluded)
+
+    def read(cut: Cut) -> Messages:
+        return bench.source.read(cut, bench.read_timeout_s)
+
+    for joined in join_steps(steps, ends):
+        engine = segments.engine_for(joined[0])
+        yield engine, compute_together(engine, joined, read, bench.decode, excluded)
 
 
 def _check_settings(then: Mapping[str, object], now: Mapping[str, object]) -> None:

@@ -43,9 +43,13 @@ class Repetition:
         self._repeat, self._chain, self._generation = repeat, chain, generation
         self._steps: list[tuple[RecordedStep, StepReport, Messages]] = []
 
+    def wants(self, step: RecordedStep) -> bool:
+        """Whether this step must be computed by itself, because what it gives may have to be published again."""
+        return self._repeat is not None and step.number >= self._chain.newest
+
     def add(self, step: RecordedStep, report: StepReport, messages: Messages) -> None:
         """A step that was computed again, of these messages."""
-        if self._repeat is not None and step.number >= self._chain.newest:
+        if self.wants(step):
             self._steps.append((step, report, messages))
 
     def publish(self, told: Callable[[Repeated], None], *, rebased: bool) -> None:

@@ -19,12 +19,12 @@ from streamlstm.errors import (
     Temporary,
     TopicChanged,
 )
-from streamlstm.records.batch import Messages, Range, RecordBatch
+from streamlstm.records.batch import Cut, Messages, Range, RecordBatch
 from streamlstm.recovery.branching import commit_record, describe_branch
 from streamlstm.recovery.checkpoint import CheckpointStore, Refused
-from streamlstm.recovery.exclusions import drop_excluded
 from streamlstm.recovery.fingerprint import Fingerprint, compare_fingerprints
 from streamlstm.recovery.generations import Generation, Loaded, NewerSchema, Provenance, Settings
+from streamlstm.recovery.joining import Computed, compute_together, join_steps
 from streamlstm.recovery.making import EngineMaker, Steppable
 from streamlstm.recovery.progress import (
     Chain,
@@ -613,10 +613,29 @@ def _replay(
 ) -> tuple[Steppable, int]:
     """The engine after the last recorded step, and how many messages were read for that."""
     newest, records = Repetition(world.repeat, chain, generation), 0
-    world.source.pass_over(excluded)
+    seek_to_replay(world.source, chain, generation, excluded)
+    for joined in join_steps(chain.to_replay(generation.step), alone=newest.wants):
+        done = compute_together(
+            segments.engine_for(joined[0]), joined, lambda cut: _read(world, terms, cut), world.decode, excluded
+        )
+        if compare:
+            _compare(done)
+        newest.add(joined[-1], done.report, done.used)
+        records += done.read
+        witness.replayed(joined[-1].number, chain.last_step)
+    newest.publish(witness.repeated, rebased=not compare)
+    return segments.engine_under(terms.settings.learning), records
+
+
+def seek_to_replay(source: LiveSource, chain: Chain, generation: Generation, excluded: Sequence[Range]) -> None:
+    """
+    Make ready to read what was recorded after the generation.
+
+    Not from its positions where these were passed over: nothing could be read of any partition then.
+    """
+    source.pass_over(excluded)
     needed, made = _needed(chain, generation), generation.provenance
-    # Not from the generation's positions where these are passed over: nothing could be read of any partition then.
-    world.source.seek(
+    source.seek(
         [p._replace(next_offset=needed[p.topic, p.partition]) for p in made.positions],
         {
             (p.topic, p.partition): epoch
@@ -625,12 +644,6 @@ def _replay(
             and (epoch := made.leader_epochs.get((p.topic, p.partition))) is not None
         },
     )
-    for step in chain.to_replay(generation.step):
-        engine = segments.engine_for(step)
-        records += _replay_step(world, terms, engine, step, excluded, newest, compare=compare)
-        witness.replayed(step.number, chain.last_step)
-    newest.publish(witness.repeated, rebased=not compare)
-    return segments.engine_under(terms.settings.learning), records
 
 
 def _fingerprints(chain: Chain, generation: Generation, pending: Sequence[RecordedStep]) -> list[Fingerprint]:
@@ -678,32 +691,20 @@ def _write_incarnation(
     _append(world, terms, chain, record, ident)
 
 
-def _replay_step(
-    world: World,
-    terms: Terms,
-    engine: Steppable,
-    step: RecordedStep,
-    excluded: Sequence[Range],
-    newest: Repetition,
-    *,
-    compare: bool,
-) -> int:
-    """Compute one recorded step again; the number of messages it held."""
+def _read(world: World, terms: Terms, cut: Cut) -> Messages:
     try:
-        messages = world.source.read(step.cut, terms.read_timeout_s)
+        return world.source.read(cut, terms.read_timeout_s)
     except LogGap as error:
         if terms.on_gap == "skip" and error.gaps:
             raise Temporary(f"retention overtook the replay; the next start passes over more: {error}") from error
         raise
-    used, _ = drop_excluded(messages, excluded)
-    report = engine.step(world.decode(used))
-    if report.step != step.number:
-        raise ProgressError(f"replaying step {step.number}, the engine counts {report.step}")
-    if compare and step.digest is not None and report.digest().hex() != step.digest:
-        raise ProgressError(
-            f"step {step.number} gives another output now than was committed, on the same machine and libraries: its "
-            "input has changed since (compacted, cut back or re-created topic), or a computation is not deterministic; "
-            "a compacted input cannot be replayed to the same bits: start anew with `run --fresh`"
-        )
-    newest.add(step, report, used)
-    return len(messages)
+
+
+def _compare(done: Computed) -> None:
+    for step, digest in zip(done.steps, done.digests, strict=True):
+        if step.digest not in (None, digest):
+            raise ProgressError(
+                f"step {step.number} gives another output now than was committed, on the same machine and libraries: "
+                "its input has changed since (compacted, cut back or re-created topic), or a computation is not "
+                "deterministic; a compacted input cannot be replayed to the same bits: start anew with `run --fresh`"
+            )
