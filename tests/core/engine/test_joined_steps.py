@@ -12,7 +12,7 @@ from streamlstm.engine.core import Engine
 from streamlstm.engine.report import StepReport
 from streamlstm.records.batch import Cut, Messages, Range
 
-SERIES, RECORDS = 7, 400
+SERIES, RECORDS = 7, 200
 
 
 def recorded(seed: int) -> list[Cut]:
@@ -58,7 +58,7 @@ def step(engine: Engine, cuts: list[Cut]) -> StepReport:
     return engine.step(replace(batch, steps=len(cuts)))
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(3))
 def test_joined_steps_have_the_digests_of_each_and_end_in_the_same_state(seed):
     cuts, dice = recorded(seed), random.Random(seed)
     config = streams.small_config(series={"gap_reset": None})
