@@ -1,7 +1,9 @@
 """``run --fresh``: where a start would be refused for good, a new generation 0 and a branch to it."""
 
 import contextlib
+import hashlib
 import itertools
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +16,7 @@ from streamlstm.records.batch import Range
 from streamlstm.recovery.branching import revert
 from streamlstm.recovery.checkpoint import open_store
 from streamlstm.recovery.progress import Branch, Incarnation, decode_record, read_chain
+from streamlstm.recovery.snapshot import canonical_json
 
 KEEP_ALL = replace(PACE, trim=False)
 CHANGED = make_settings({**SETTINGS.identity, "model.hidden_size": 3}, dict(SETTINGS.learning))
@@ -182,6 +185,21 @@ def test_another_hosts_run_is_refused_all_the_same(tmp_path):
 
     with pytest.raises(ProgressError, match="another host started this deployment first"):
         Process(broker, theirs, fresh=True).run()
+    assert broker.progress == records
+
+
+@pytest.mark.parametrize("option", ["fresh", "rebuild"])
+def test_a_checkpoint_of_a_newer_version_is_refused_all_the_same(tmp_path, option):
+    broker, state = ran(tmp_path)
+    manifest = state / f"{max(open_store(state).steps()):020d}" / "MANIFEST.json"
+    sealed = json.loads(manifest.read_bytes()) | {"schema": 99}
+    del sealed["sha256"]
+    sealed["sha256"] = hashlib.sha256(canonical_json(sealed)).hexdigest()
+    manifest.write_bytes(canonical_json(sealed))
+    records = list(broker.progress)
+
+    with pytest.raises(CheckpointError, match="has layout 99"):
+        Process(broker, state, **{option: True}).run()
     assert broker.progress == records
 
 
