@@ -42,7 +42,7 @@ class TensorDifference:
 @dataclass(frozen=True, slots=True)
 class SeriesDifference:
     """
-    Series only ``b`` has, only ``a`` has, in both with other bits, and with the same.
+    Series only ``b`` has, only ``a`` has, in both with other bits, and with the same; of those in memory.
 
     ``columns`` counts the series that differ, by column; ``only`` are the columns that one of the two has.
     """
@@ -82,7 +82,7 @@ def compare(a: Loaded, b: Loaded) -> Difference:
     series = _compare_series(a.state, b.state)
     same_meta = a.state.meta == b.state.meta and a.state.step == b.state.step
     return Difference(
-        equal=same_meta and not (weights or training or series.added or series.gone or series.changed or series.only),
+        equal=same_meta and a.state.digests() == b.state.digests(),
         provenance=tuple(
             _pairs({"step": a.generation.step, **_makers(then)}, {"step": b.generation.step, **_makers(now)})
         ),
