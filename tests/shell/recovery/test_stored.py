@@ -267,3 +267,16 @@ def test_a_key_may_be_anything(tmp_path, key):
     assert torch.equal(back.columns["h"], rows.columns["h"])
     assert len(scratch) == 0
     assert np.array_equal(seen.columns["seen_ns"], [7])
+
+
+def test_memory_stays_flat_while_keys_go_on_and_on(tmp_path):
+    """Ten times as many keys as there is room for, each seen once."""
+    engine = TieredEngine(Engine.create(config(50), "cpu"), Room(tmp_path))
+    rows = []
+    for number in range(20):
+        code = np.arange(number * 50, number * 50 + 50)
+        report = engine.step(streams.batch_of(code, np.full(50, number + 1) * streams.SECOND, np.ones(50), offset=code))
+        rows.append(len(engine._engine._table.series))
+    assert report.series_total <= 50
+    assert report.series_stored == 1000 - report.series_total
+    assert rows[-1] == rows[2] <= 101
