@@ -315,6 +315,11 @@ class FatedDisk(Disk):
     def sync_directory(self, path: Path) -> None:
         self.fate.point()
 
+    def link(self, old: Path, new: Path) -> None:
+        self.fate.point()
+        super().link(old, new)
+        self.fate.point()
+
     def rename(self, old: Path, new: Path) -> None:
         self.fate.point()
         super().rename(old, new)

@@ -1,5 +1,8 @@
 """Series beyond memory: what leaves, waits on the disk and returns shows in no bit."""
 
+import dataclasses
+import itertools
+import json
 import sqlite3
 from pathlib import Path
 
@@ -7,7 +10,7 @@ import numpy as np
 import pytest
 import streams
 import torch
-from fakes import fingerprint
+from fakes import PACE, Broker, Crash, Fate, Process, fingerprint
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -18,6 +21,7 @@ from streamlstm.errors import CheckpointError, Temporary
 from streamlstm.records.batch import SeriesId
 from streamlstm.recovery.checkpoint import CheckpointStore, Keep, open_store
 from streamlstm.recovery.generations import Provenance, Settings
+from streamlstm.recovery.making import EngineMaker
 from streamlstm.recovery.progress import Link
 from streamlstm.recovery.stored import Room, TieredEngine
 from streamlstm.series.table import Rows
@@ -280,3 +284,47 @@ def test_memory_stays_flat_while_keys_go_on_and_on(tmp_path):
     assert report.series_total <= 50
     assert report.series_stored == 1000 - report.series_total
     assert rows[-1] == rows[2] <= 101
+
+
+def alive(broker: Broker, tmp_path: Path, fate: Fate | None = None, most: int = 1) -> Process:
+    """A life of the service with the real engine, and room for hardly a series."""
+    setting = streams.small_config(training={"max_wait": 1}, series={"max_series": most}, model={"hidden_size": 3})
+    process = Process(
+        broker, tmp_path / "state", fate, pace=dataclasses.replace(PACE, trim=False, checkpoint_every_records=10)
+    )
+    room = Room(tmp_path / "state" / "scratch")
+    maker = EngineMaker(
+        lambda _: TieredEngine(Engine.create(setting, "cpu"), room),
+        lambda state, _, __: TieredEngine.of(Engine.restore(setting, "cpu", state), room, state),
+    )
+    process.world = dataclasses.replace(process.world, maker=maker)
+    return process
+
+
+def inhabited() -> Broker:
+    return Broker({"in": [[json.dumps({"key": f"s{i * i % 7}", "value": i * 7 % 31}).encode() for i in range(60)]]})
+
+
+def test_killed_at_any_call_and_started_again_no_series_beyond_memory_is_lost(tmp_path):
+    """Every 13th call: of the disk, the broker, the chain. Files are linked, written anew, and replayed over."""
+    reference = inhabited()
+    (tmp_path / "reference").mkdir()
+    expected = alive(reference, tmp_path / "reference", most=1000).run().state().digests()
+    published, linked, at = [m.value for m in reference.published], 0, 0
+    for at in itertools.count(5, 13):
+        broker, here = inhabited(), tmp_path / f"{at}"
+        here.mkdir()
+        try:
+            alive(broker, here, Fate(at)).run()
+            finished = True
+        except Crash:
+            finished = False
+        again = alive(broker, here)
+        engine = again.run()
+        assert [m.value for m in broker.published] == published, at
+        assert engine.state().digests() == expected, at
+        linked += any(len(again.store.header(step).files_left) > 1 for step in again.store.steps())
+        if finished:
+            break
+    assert at > 100
+    assert linked
