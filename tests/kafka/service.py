@@ -17,7 +17,7 @@ from deployment import Deployment
 from streamlstm.config.load import load
 from streamlstm.config.model import Config
 
-START_TIMEOUT_S = 60.0
+START_TIMEOUT_S = 180.0
 
 
 def wait_for(happened: Callable[[], Any], timeout_s: float, what: str) -> Any:

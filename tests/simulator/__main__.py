@@ -7,7 +7,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from simulator.run import Simulation, Tally, simulate
+from simulator.run import Delivery, Simulation, Tally, simulate
 
 
 def main() -> int:
@@ -15,16 +15,17 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the run, or of the first one")
     parser.add_argument("--runs", type=int, default=1)
     parser.add_argument("--kills", type=int, default=0, help="go on until so many processes were killed")
+    parser.add_argument("--delivery", choices=("exactly_once", "idempotent"), default="exactly_once")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=scratch()) as scratch_dir:
         if options.runs == 1 and not options.kills:
-            simulation = Simulation(options.seed, Path(scratch_dir))
+            simulation = Simulation(options.seed, Path(scratch_dir), options.delivery)
             try:
                 print(simulation.run())
             finally:
                 print("\n".join(simulation.story))
             return 0
-        seed, total = campaign(options.seed, options.runs, options.kills, Path(scratch_dir))
+        seed, total = campaign(options.seed, options.runs, options.kills, Path(scratch_dir), options.delivery)
     print(f"seeds {options.seed} to {seed - 1}: 0 mismatches, 0 lost, 0 duplicated, 0 commits with a failed send")
     print(total)
     return 0
@@ -35,13 +36,15 @@ def scratch() -> str | None:
     return "/dev/shm" if Path("/dev/shm").is_dir() else None
 
 
-def campaign(first: int, runs: int, kills: int, directory: Path) -> tuple[int, Tally]:
+def campaign(
+    first: int, runs: int, kills: int, directory: Path, delivery: Delivery = "exactly_once"
+) -> tuple[int, Tally]:
     """Runs from seed ``first`` on; the seed after the last one, and what was seen."""
     total, seed, began = Tally(), first, time.monotonic()
     while total.runs < runs or total.killed < kills:
         work = directory / str(seed)
         work.mkdir()
-        total.add(simulate(seed, work))
+        total.add(simulate(seed, work, delivery))
         shutil.rmtree(work)
         seed += 1
         if total.runs % 500 == 0:

@@ -23,15 +23,15 @@ class Inode:
     """
     A file or a directory: what the process sees, what is safe, and what may or may not have reached the disk.
 
-    ``names`` is ``None`` for a file. ``lost``: an fsync failed, and what was written until then is nowhere but in the
-    page cache.
+    ``names`` is ``None`` for a file. ``lost`` are the bytes that were unsynced when an fsync failed: they are nowhere but
+    in the page cache, until somebody writes them once more.
     """
 
     names: dict[str, "Inode"] | None = None
     safe: dict[str, "Inode"] = field(default_factory=dict)
     bytes: dict[int, bytes] = field(default_factory=dict)
     pending: list[tuple] = field(default_factory=list)
-    lost: bool = False
+    lost: set[int] = field(default_factory=set)
 
 
 class Kernel:
@@ -73,7 +73,7 @@ class Kernel:
 
     def sync(self, inode: Inode, what: str) -> None:
         if inode.lost:
-            self.broken.append(f"fsync of {what} was tried again after it had failed")
+            self.broken.append(f"fsync of {what} was tried again after it had failed, and believed")
             return
         if inode.names is None:
             for operation in inode.pending:
@@ -86,8 +86,10 @@ class Kernel:
     def lose(self, inode: Inode) -> None:
         """An fsync failed: the pages are called clean and are gone; a directory's journal is what it was."""
         if inode.names is None:
+            for at, what in inode.pending:
+                if at != "cut":
+                    inode.lost.update(range(at, at + len(what)))
             inode.pending.clear()
-            inode.lost = True
 
     def power_cut(self, rng: random.Random) -> None:
         """Everything that was not safe comes or goes as it likes, and what is there then is all there is."""
@@ -187,6 +189,7 @@ class SimulatedDisk(Disk):
         self._before("truncate", name)
         super().truncate(file, size)
         inode.pending.append(("cut", size))
+        inode.lost = {at for at in inode.lost if at < size}
 
     def write(self, file: BinaryIO, data: bytes | memoryview) -> None:
         inode, name = self.open[file.fileno()]
@@ -197,7 +200,9 @@ class SimulatedDisk(Disk):
 
     def _put(self, file: BinaryIO, inode: Inode, data: bytes | memoryview) -> None:
         if len(data) and not self.weather.dead:
-            inode.pending.append((file.tell(), bytes(data)))
+            at = file.tell()
+            inode.pending.append((at, bytes(data)))
+            inode.lost.difference_update(range(at, at + len(data)))
             super().write(file, data)
 
     def sync(self, file: BinaryIO) -> None:

@@ -1,10 +1,11 @@
 """One life of the service in the simulated world, and how it ended."""
 
 import random
+import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -12,7 +13,14 @@ from fakes import SETTINGS, Crash, Encode, Process, TinyEncoder, TinyEngine, dec
 from streams import small_config
 
 from simulator.disk import Kernel, SimulatedDisk
-from simulator.log import Input, Output, SimulatedProgress, SimulatedPublisher, SimulatedSource
+from simulator.log import (
+    Input,
+    Output,
+    SimulatedIdempotentPublisher,
+    SimulatedProgress,
+    SimulatedPublisher,
+    SimulatedSource,
+)
 from simulator.weather import Beside, Weather
 from streamlstm.config.model import Config
 from streamlstm.engine.core import Engine
@@ -20,12 +28,16 @@ from streamlstm.errors import StreamlstmError
 from streamlstm.records.batch import Messages, RecordBatch
 from streamlstm.recovery.background import BackgroundWriter, Outcome
 from streamlstm.recovery.checkpoint import CheckpointStore, Keep, open_store
+from streamlstm.recovery.journal import DIRECTORY as JOURNAL
+from streamlstm.recovery.journal import Journal
 from streamlstm.recovery.making import EngineMaker
 from streamlstm.recovery.resume import Ready
 from streamlstm.service.daemon import Daemon, Pace, StoppedEarly
 from streamlstm.service.encode import ForecastEncoder
+from streamlstm.service.repeat import Repeater
 from streamlstm.service.sessions import run_sessions
 from streamlstm.service.stopping import Stop
+from streamlstm.transport.interfaces import ProgressEntry
 
 SECOND_NS = 10**9
 
@@ -83,6 +95,8 @@ class World:
     pace: Pace
     keep: int = 2
     ids: int = 0
+    delivery: Literal["exactly_once", "idempotent"] = "exactly_once"
+    history: list[ProgressEntry] = field(default_factory=list)
 
     @property
     def directory(self) -> Path:
@@ -90,6 +104,44 @@ class World:
 
     def store(self) -> CheckpointStore:
         return open_store(self.directory)
+
+    def chain(self) -> list[ProgressEntry]:
+        """All that was ever decided, trimmed or not."""
+        if self.delivery == "exactly_once":
+            return [ProgressEntry(s.offset, s.value) for s in self.output.committed(CONFIG.progress_topic)]
+        if (self.directory / JOURNAL).is_dir():
+            there = Journal(self.directory / JOURNAL).read()
+            first = there[0].offset if there else 0
+            self.history = [entry for entry in self.history if entry.offset < first] + there
+        return self.history
+
+    def begins(self) -> int:
+        """The oldest offset of the chain that was not trimmed."""
+        if self.delivery == "exactly_once":
+            return self.output.begins.get(CONFIG.progress_topic, 0)
+        return next((entry.offset for entry in Journal(self.directory / JOURNAL).read()), 0)
+
+    def lose_chain(self) -> None:
+        """Somebody deletes the progress topic's records, or the journal."""
+        if self.delivery == "exactly_once":
+            self.output.begins[CONFIG.progress_topic] = self.output.next_offset[CONFIG.progress_topic]
+        else:
+            shutil.rmtree(self.directory / JOURNAL)
+            self.kernel.adopt()
+
+
+class RememberedJournal(Journal):
+    """What it acknowledges stays in the world's history, for it is trimmed."""
+
+    def __init__(self, world: World, disk: SimulatedDisk) -> None:
+        super().__init__(world.directory / JOURNAL, disk, segment_bytes=2000)
+        self._world = world
+
+    def append(self, value: bytes) -> int:
+        offset = super().append(value)
+        earlier = [entry for entry in self._world.history if entry.offset < offset]
+        self._world.history = [*earlier, ProgressEntry(offset, value)]
+        return offset
 
 
 class PatientStop(Stop):
@@ -132,13 +184,21 @@ class Life(Process):
         self.made: set[str] = set()
         self.stop = PatientStop(self.clock.advance)
         self.source = SimulatedSource(world.input, weather, self.clock, sizes, at_end=self.stop.request)
-        self.publisher = SimulatedPublisher(CONFIG, world.output, weather)
         self.encoder = world.mind.encoder
+        repeat = None
+        if world.delivery == "exactly_once":
+            progress: Any = SimulatedProgress(world.output, CONFIG.progress_topic, weather, self.clock)
+            self.publisher = SimulatedPublisher(CONFIG, world.output, weather)
+        else:
+            progress = RememberedJournal(world, disk)
+            self.publisher = SimulatedIdempotentPublisher(CONFIG, progress, world.output, weather)
+            repeat = Repeater(self.publisher, lambda *_: world.mind.encoder)
         self.world = replace(
             self.world,
             source=self.source,
             publisher=self.publisher,
-            progress=SimulatedProgress(world.output, CONFIG.progress_topic, weather, self.clock),
+            progress=progress,
+            repeat=repeat,
             decode=world.mind.decode,
             maker=world.mind.maker,
             new_id=self._new_id,

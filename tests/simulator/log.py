@@ -16,7 +16,9 @@ from simulator.weather import Weather
 from streamlstm.config.model import Config
 from streamlstm.errors import LogGap, Temporary, Unavailable
 from streamlstm.records.batch import Cut, Messages
+from streamlstm.recovery.journal import Journal
 from streamlstm.transport.interfaces import Position, ProgressEntry
+from streamlstm.transport.kafka.idempotent import IdempotentPublisher
 from streamlstm.transport.kafka.publisher import KafkaPublisher
 
 
@@ -106,6 +108,9 @@ class Transaction:
     topics: set[str] = field(default_factory=set)
 
 
+ALONE = Transaction("committed")
+
+
 @dataclass(eq=False)
 class Stored:
     offset: int
@@ -145,6 +150,13 @@ class Output:
         self.next_offset[topic] = offset + 1
         self.topics.setdefault(topic, []).append(Stored(offset, value, self.current))
         self.current.topics.add(topic)
+        return offset
+
+    def append_alone(self, topic: str, value: bytes) -> int:
+        """Without a transaction: seen at once."""
+        offset = self.next_offset.get(topic, 0)
+        self.next_offset[topic] = offset + 1
+        self.topics.setdefault(topic, []).append(Stored(offset, value, ALONE))
         return offset
 
     def commit(self, *, markers: bool) -> None:
@@ -312,6 +324,21 @@ LOST: Sequence[Callable[[str], Exception]] = (
 )
 
 
+class PlainProducer(SimulatedProducer):
+    """Without transactions: each message is there once it was delivered, and the process may die between two."""
+
+    def _deliver(self) -> None:
+        left = [sent for sent in self.sent if sent.value is None and sent.exception is None]
+        for sent in self.weather.rng.sample(left, len(left)):
+            self.weather.point(f"a send to {sent.topic}")
+            if self.weather.struck("send", f"a send to {sent.topic}"):
+                sent.exception = self.weather.rng.choice(LOST)("lost")
+                continue
+            sent.value = _Metadata(self.output.append_alone(sent.topic, sent.payload))
+            if self.weather.struck("reply", f"the reply of a send to {sent.topic}"):
+                sent.value, sent.exception = None, kafka_errors.KafkaTimeoutError("the reply was lost")
+
+
 class Unwatched:
     """A deadline that the simulation keeps itself, by killing the process."""
 
@@ -342,3 +369,20 @@ class SimulatedPublisher(KafkaPublisher):
     @property
     def believed(self) -> int:
         return sum(producer.believed for producer in self.producers)
+
+
+class SimulatedIdempotentPublisher(IdempotentPublisher):
+    """The product's journal and sends over a simulated producer."""
+
+    believed = 0
+
+    def __init__(self, config: Config, journal: Journal, output: Output, weather: Weather) -> None:
+        super().__init__(config, journal, Unwatched())  # type: ignore[arg-type]  # because it is a deadline to its caller
+        self._output, self._weather = output, weather
+
+    def begin_session(self) -> None:
+        self.close()
+        self._log.open()
+        if self._weather.struck("init", "a new producer"):
+            raise Temporary("no broker")
+        self._producer = PlainProducer(self._output, self._weather)
