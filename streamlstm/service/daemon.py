@@ -217,6 +217,7 @@ class Daemon:
         self._snapshot_s = 0.0
         self._trouble_since_s: float | None = None
         self._lag_told_s = float("-inf")
+        self._trims = pace.trim
         self._committed = False
 
     @property
@@ -234,10 +235,12 @@ class Daemon:
 
     def abandon(self) -> None:
         """
-        Wait for the checkpoint in flight, which is as good as any: it holds committed steps only.
+        Wait for the checkpoint in flight, which is as good as any: it holds committed steps only. The chain is left as
+        it is: the session that may change it is over, and the next checkpoint trims as far.
 
         Raises :class:`~streamlstm.errors.Temporary` when it does not end.
         """
+        self._trims = False
         outcome = self._writer.poll(self._pace.trouble_limit_s)
         if self._writer.busy:
             raise Temporary(f"the checkpoint in flight does not end within {self._pace.trouble_limit_s:g} s")
@@ -445,7 +448,7 @@ class Daemon:
         self._log.info("checkpoint", step=generation.step, series=generation.series, bytes=generation.bytes)
         if outcome.leftover:
             self._log.warning("old checkpoints stay", error=outcome.leftover)
-        if self._pace.trim and outcome.oldest is not None:
+        if self._trims and outcome.oldest is not None:
             try:
                 self._world.progress.trim(outcome.oldest.offset)
             except StreamlstmError as error:

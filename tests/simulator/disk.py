@@ -23,13 +23,13 @@ class Inode:
     """
     A file or a directory: what the process sees, what is safe, and what may or may not have reached the disk.
 
-    ``names`` is ``None`` for a file. ``lost`` are the bytes that were unsynced when an fsync failed: they are nowhere but
-    in the page cache, until somebody writes them once more.
+    ``names`` is ``None`` for a file. ``lost`` are the bytes that were unsynced when an fsync failed: they are
+    nowhere but in the page cache, until somebody writes them once more.
     """
 
     names: dict[str, "Inode"] | None = None
     safe: dict[str, "Inode"] = field(default_factory=dict)
-    bytes: dict[int, bytes] = field(default_factory=dict)
+    bytes: bytearray = field(default_factory=bytearray)
     pending: list[tuple] = field(default_factory=list)
     lost: set[int] = field(default_factory=set)
 
@@ -101,15 +101,14 @@ class Kernel:
         self.tree = _model(self.root)
 
 
-def _put(held: dict[int, bytes], operation: tuple) -> None:
-    """A write at an offset, or a cut: what was there before it ends there."""
+def _put(held: bytearray, operation: tuple) -> None:
+    """A write at an offset, over what is there and with zeros before it, or a cut."""
     at, what = operation
-    if at != "cut":
-        held.pop(at, None)
-        held[at] = what  # later writes lie over earlier ones
+    if at == "cut":
+        del held[what:]
         return
-    for begin in [begin for begin in held if begin + len(held[begin]) > what]:
-        held[begin] = held[begin][: max(0, what - begin)]
+    held.extend(bytes(max(0, at - len(held))))
+    held[at : at + len(what)] = what
 
 
 def _apply(names: dict[str, Inode], operation: tuple) -> None:
@@ -125,15 +124,12 @@ def _apply(names: dict[str, Inode], operation: tuple) -> None:
 def _leave(inode: Inode, path: Path, rng: random.Random) -> Inode:
     """Put on the real disk one of the things that may be there after the power came back."""
     if inode.names is None:
-        held = dict(inode.bytes)
+        held = bytearray(inode.bytes)
         for at, what in inode.pending:
             if rng.random() < 0.5:
                 torn = at != "cut" and rng.random() < 0.5
                 _put(held, (at, what[: rng.randrange(len(what) + 1)] if torn else what))
-        with path.open("wb") as file:
-            for at, data in held.items():
-                file.seek(at)
-                file.write(data)
+        path.write_bytes(held)
         path.chmod(0o600)
         return Inode(bytes=held)
     path.mkdir(mode=0o700)
@@ -149,7 +145,7 @@ def _model(path: Path) -> Inode:
     if path.is_dir():
         names = {child.name: _model(child) for child in sorted(path.iterdir()) if child.name != "lock"}
         return Inode(names=names, safe=dict(names))
-    return Inode(bytes={0: path.read_bytes()})
+    return Inode(bytes=bytearray(path.read_bytes()))
 
 
 class SimulatedDisk(Disk):
@@ -158,6 +154,12 @@ class SimulatedDisk(Disk):
     def __init__(self, kernel: Kernel, weather: Weather) -> None:
         self.kernel, self.weather = kernel, weather
         self.open: dict[int, tuple[Inode, str]] = {}
+        self.files: list[BinaryIO] = []
+
+    def end(self) -> None:
+        """What the operating system does when a process ends."""
+        for file in self.files:
+            file.close()
 
     def _before(self, operation: str, path: Path | str) -> None:
         name = f"{operation} {path.relative_to(self.kernel.root) if isinstance(path, Path) else path}"
@@ -173,6 +175,7 @@ class SimulatedDisk(Disk):
     def create(self, path: Path) -> BinaryIO:
         self._before("create", path)
         file = super().create(path)
+        self.files.append(file)
         inode = Inode()
         self.open[file.fileno()] = (inode, str(path.relative_to(self.kernel.root)))
         self.kernel.add(path, inode)
@@ -181,6 +184,7 @@ class SimulatedDisk(Disk):
     def reopen(self, path: Path) -> BinaryIO:
         self._before("open", path)
         file = super().reopen(path)
+        self.files.append(file)
         self.open[file.fileno()] = (self.kernel.at(path), str(path.relative_to(self.kernel.root)))
         return file
 

@@ -176,7 +176,7 @@ class Life(Process):
     """A process under its weather. What it announced is durable, and the ids it drew tell whose records are whose."""
 
     def __init__(self, world: World, weather: Weather, sizes: tuple[int, ...] = (7,)) -> None:
-        disk = SimulatedDisk(world.kernel, weather)
+        self.disk = disk = SimulatedDisk(world.kernel, weather)
         super().__init__(
             world.input, world.directory, weather, pace=world.pace, keep=world.keep, sizes=sizes, disk=disk
         )
@@ -246,6 +246,7 @@ class Life(Process):
             self.end = error
         finally:
             self.weather.end()
+            self.disk.end()
         how = self.end if isinstance(self.end, str) else f"exit {self.end.exit_code}: {self.end}"
         self.weather.tell(f"{how}{'' if self.ready else ', before it was ready'}")
         return engine

@@ -33,6 +33,13 @@ def test_hundreds_of_kills_cost_nothing(memory):
     assert total.ends["Superseded"] > 0
 
 
+def test_without_transactions_each_is_there_and_a_copy_is_no_different(memory):
+    after, total = campaign(0, 60, 80, memory, "idempotent")
+
+    print(f"seeds 0 to {after - 1}, idempotent\n{total}")
+    assert set(total.errors) >= {"disk", "send", "reply", "refused", "init", "rot"}
+
+
 def test_a_seed_tells_the_same_story_twice(memory):
     stories = []
     for name in ("a", "b"):
@@ -103,8 +110,10 @@ def test_what_a_start_finds_is_safe_before_it_builds_on_it(memory):
 
 @pytest.mark.soak
 @pytest.mark.timeout(7200)
-def test_ten_thousand_kills_cost_nothing(memory):
-    after, total = campaign(1_000_000, 0, 10_000, memory)
+@pytest.mark.parametrize("delivery", ["exactly_once", "idempotent"])
+def test_ten_thousand_kills_cost_nothing(memory, delivery):
+    after, total = campaign(1_000_000, 0, 10_000, memory, delivery)
 
     print(f"seeds 1000000 to {after - 1}: 0 mismatches, 0 lost, 0 duplicated, 0 commits with a failed send\n{total}")
     assert total.killed >= 10_000
+    assert total.deepest >= 3
