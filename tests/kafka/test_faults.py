@@ -14,7 +14,7 @@ from test_run import coordinates, fill
 
 from streamlstm.errors import StreamlstmError, Superseded, Temporary
 from streamlstm.recovery.progress import Incarnation, Link, digest_record, encode_record
-from streamlstm.recovery.resume import judge_fenced
+from streamlstm.recovery.standing import judge_fenced
 from streamlstm.transport.interfaces import Fenced
 
 

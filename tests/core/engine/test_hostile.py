@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from hostile import Hostile, exploded, flat, line
 
 from streamlstm.config.model import Config
@@ -49,7 +48,6 @@ def config(decode: dict[str, Any]) -> Config:
 
 def be_hostile(shape: str, seed: int, records: int, step: int) -> Counter[str]:
     """So many messages through decoder and engine; how each record ended."""
-    torch.set_num_threads(1)
     body, decode, columns = SHAPES[shape]
     settings = config(decode)
     decoder, engine = compile_decoder(settings.decode, columns), Engine.create(settings, "cpu")

@@ -15,14 +15,6 @@ HORIZONS = 3
 EXAMPLES = settings(max_examples=10, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def config_of(k1: int, k2: int, **training) -> Config:
     return streams.small_config(training={"k1": k1, "k2": k2, "batch_series": 5, "max_wait": 40, **training})
 

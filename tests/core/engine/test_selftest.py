@@ -10,14 +10,6 @@ from streamlstm.engine.selftest import dependent_rows, golden_step
 from streamlstm.learning.model import Shape
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def test_the_golden_step_is_the_same_each_time_and_quick():
     golden_step("cpu")
     began = time.process_time()
