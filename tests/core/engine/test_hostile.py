@@ -61,10 +61,15 @@ def be_hostile(shape: str, seed: int, records: int, step: int) -> Counter[str]:
         report = engine.step(batch)
         told = {(messages.cut[r].partition, at) for r, at in zip(batch.range_index, batch.offset.tolist(), strict=True)}
         told |= {(r.partition, r.offset) for r in batch.rejected}
-        there = {(messages.cut[r].partition, at) for r, at in zip(messages.range_index, messages.offset, strict=True)}
+        there = {
+            (messages.cut[r].partition, at)
+            for r, at, value in zip(messages.range_index, messages.offset.tolist(), messages.value, strict=True)
+            if value is not None
+        }
         assert told == there, "a message that nobody speaks of"
+        assert batch.skipped == messages.value.count(None)
         counts = {outcome.name.lower(): count for outcome, count in report.counts().items()}
-        assert sum(counts.values()) == len(batch) + len(batch.rejected)
+        assert sum(counts.values()) == batch.consumed
         ends.update(counts)
         # Before the first value of a series there is nothing to say, and that is told as null.
         assert not np.isinf(report.forecasts.yhat_MK).any()
