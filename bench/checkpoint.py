@@ -6,13 +6,14 @@ What a checkpoint costs: how long steps stall while it is written, and write and
 Live-like cuts of random series are stepped through the real engine on one thread, first with no checkpoint and then
 while a background thread writes one; the stall is how much longer a step took than the median of those before, which
 held the same number of records. The peers are in the same run: the same number of bytes written and fsynced by one
-``write`` loop, and read back from the page cache.
+``write`` loop, and read back, each from the disk and not from what the kernel still holds of it.
 """
 
 import argparse
 import os
 import shutil
 import statistics
+import sys
 import tempfile
 import threading
 import time
@@ -21,6 +22,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from streamlstm.cli.serve import SWITCH_INTERVAL_S
 from streamlstm.config.model import Config
 from streamlstm.engine.core import Engine
 from streamlstm.records.batch import Range, RecordBatch, SeriesId
@@ -105,8 +107,16 @@ def raw_read(paths: list[Path]) -> float:
     began = time.perf_counter()
     for path in paths:
         with path.open("rb", buffering=0) as file:
-            file.read()
+            while file.read(BLOCK):
+                pass
     return time.perf_counter() - began
+
+
+def forget(paths: list[Path]) -> None:
+    """Have the kernel drop what it holds of these files, as after a crash of the machine."""
+    for path in paths:
+        with path.open("rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def told(name: str, values: list[float]) -> str:
@@ -130,14 +140,16 @@ def measure_disk(store: CheckpointStore, engine: Engine, directory: Path, series
     paths = sorted((directory / "state" / f"{generation.step:020d}").iterdir())
     reads, loads = [], []
     for _ in range(3):
+        forget(paths)
         reads.append(raw_read(paths))
+        forget(paths)
         began = time.perf_counter()
         store.load(generation.step)
         loads.append(time.perf_counter() - began)
     print(f"{size / 1e6:.0f} MB, {size / series:.0f} bytes a series")
     for what, ours, peer in (
         ("write + fsync", min(writes), min(raws)),
-        ("load + verify, from the page cache", min(loads), min(reads)),
+        ("load + verify, from the disk", min(loads), min(reads)),
     ):
         print(f"{what:<36} {ours:6.2f} s   raw {peer:6.2f} s   {ours / peer:5.2f} x")
 
@@ -148,6 +160,7 @@ def main() -> None:
     parser.add_argument("--directory", type=Path, default=None)
     asked = parser.parse_args()
     torch.set_num_threads(1)
+    sys.setswitchinterval(SWITCH_INTERVAL_S)  # as `streamlstm run` does
     torch.use_deterministic_algorithms(True, warn_only=True)
     engine, cuts = Engine.create(config(), "cpu"), Cuts(asked.series)
     for _ in range(2):

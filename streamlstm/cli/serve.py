@@ -1,6 +1,7 @@
 """The composition root of the service: every part made once, told of each other, and closed in the reverse order."""
 
 import secrets
+import sys
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -40,6 +41,12 @@ from streamlstm.transport.kafka.preflight import preflight
 from streamlstm.transport.kafka.source import KafkaSource
 from streamlstm.transport.kafka.topics import check_topics
 
+SWITCH_INTERVAL_S = 0.0005
+"""
+How long a thread keeps the interpreter while another waits for it; Python's own is ten times that. The loop gives it
+away at each of a step's many small operations, and waits so long to have it back whenever a checkpoint is written.
+"""
+
 
 @dataclass(frozen=True, slots=True)
 class Asked:
@@ -57,6 +64,7 @@ def serve(config: Config, asked: Asked) -> None:
     if config.source.type != "kafka":
         raise ConfigError("source.type: run reads from kafka; files are for `streamlstm replay`")
     configure_logging(config.logging.level, config.logging.format)
+    sys.setswitchinterval(SWITCH_INTERVAL_S)
     log = structlog.get_logger("streamlstm")
     device = prepare_device(config)
     log.info("starting", version=__version__, name=config.name, device=device, config=config_hash(config)[:8])

@@ -11,8 +11,9 @@ Where generations live is another matter: :mod:`streamlstm.recovery.directory`, 
 
 import hashlib
 import json
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass, field
 from typing import Annotated, Any, NamedTuple, Protocol, TypeVar, cast
 
@@ -35,6 +36,7 @@ from streamlstm.recovery.snapshot import (
     file_name,
     group_by_place,
     join_series,
+    parts_of,
     read_series,
     read_tensors,
     write_series,
@@ -304,8 +306,8 @@ def load_generation(files: Files, step: int, layout: Layout = LAYOUT) -> Loaded:
         _check_names(files, manifest)
         told = msgspec.convert(header.raw["columns"], dict[str, _Column | None])
         columns = {name: Column(column.dtype, column.shape) for name, column in told.items() if column is not None}
-        parts = (read_series(_checked(files, manifest, name), columns) for name in _state_names(manifest))
-        series, joined = join_series(parts, columns)
+        with closing(_checked_ahead(files, manifest, _state_names(manifest))) as checked:
+            series, joined = join_series((read_series(data, columns) for data in checked), columns)
         joined |= {name: [] for name, column in told.items() if column is None}
         if len(series) != header.raw["series"]:
             raise CheckpointError(f"{len(series)} series, and {_META} speaks of {header.raw['series']}")
@@ -355,8 +357,10 @@ def files_of(
 ) -> dict[str, Callable[[Sink], object]]:
     """Every file but the manifest and those taken over, by name, with what writes it; in this order."""
     files: dict[str, Callable[[Sink], object]] = {}
-    for place, rows in group_by_place(state.series).items():
-        files[file_name("state", place)] = lambda sink, place=place, rows=rows: write_series(sink, state, place, rows)
+    for place, all_rows in group_by_place(state.series).items():
+        for part, rows in enumerate(parts_of(state, all_rows)):
+            name = file_name("state", place, part=part)
+            files[name] = lambda sink, place=place, rows=rows: write_series(sink, state, place, rows)
     files[_MODEL] = lambda sink: write_tensors(sink, state.weights)
     files[_OPTIM] = lambda sink: write_tensors(sink, state.training)
     files |= leavers.files
@@ -510,6 +514,18 @@ def _checked(files: Files, manifest: Manifest, name: str) -> bytes:
         raise CheckpointError(f"{name} is longer than {expected.bytes} bytes")
     _compare(name, len(data), hashlib.sha256(data).hexdigest(), expected)
     return data
+
+
+def _checked_ahead(files: Files, manifest: Manifest, names: Iterable[str]) -> Generator[bytes]:
+    """The bytes of several; the next one is read and hashed while the one before is parsed."""
+    with ThreadPoolExecutor(1, "checkpoint-read") as reader:
+        coming: Future[bytes] | None = None
+        for name in names:
+            before, coming = coming, reader.submit(_checked, files, manifest, name)
+            if before is not None:
+                yield before.result()
+        if coming is not None:
+            yield coming.result()
 
 
 def _compare(name: str, size: int, sha256: str, expected: Listed) -> None:

@@ -1,19 +1,25 @@
 """
-An engine state as files, and back: series as Parquet, one file a partition; named tensors as `.pt`; the rest as JSON.
+An engine state as files, and back: series as Parquet, by partition; named tensors as `.pt`; the rest as JSON.
 
 Knows no column by name. Whoever reads has checked the bytes first (:mod:`streamlstm.recovery.checkpoint`).
+
+What is done here in Python for each series is done for a few at a time, with a rest in between (:func:`_gently`): it
+runs beside the loop, which otherwise waits for the interpreter at each of its many small operations.
 """
 
 import hashlib
 import io
 import json
 import sys
+import time
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain, repeat
 from typing import IO, Any, BinaryIO, NamedTuple, Protocol, cast
 from urllib.parse import quote
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 from torch import Tensor
@@ -21,13 +27,20 @@ from torch import Tensor
 from streamlstm.engine.state import EngineState
 from streamlstm.errors import CheckpointError
 from streamlstm.records.batch import SeriesId
-from streamlstm.series.table import Rows
+from streamlstm.series.table import Rows, Slots
 
 if sys.byteorder != "little":  # pragma: no cover
     raise ImportError("streamlstm stores tensors as little-endian rows, and this machine is big-endian")
 
-# Series written at once: bounds what a checkpoint takes beside the snapshot itself.
-_ROW_GROUP = 8192
+# What a file holds at most: bounds what a checkpoint takes beside the snapshot itself, and lets a reader check one file
+# while it parses another.
+_FILE_BYTES = 32 << 20
+_FILE_ROWS = 8192
+
+# Series whose names are handled in one go, about 1 ms, and how long others may have the interpreter then.
+_AT_ONCE = 2048
+_REST_S = 0.003
+
 _METADATA = b"streamlstm"
 
 # One number per series has a type of its own, so that other tools can read it; a tensor per series is a row of bytes.
@@ -86,12 +99,12 @@ class Column(NamedTuple):
         return native or pa.binary(self.width)
 
 
-def file_name(kind: str, place: Place, step: int | None = None) -> str:
-    """A name safe for any topic; the file itself says which one it is."""
+def file_name(kind: str, place: Place, step: int | None = None, part: int = 0) -> str:
+    """A name safe for any topic; the file itself says which one it is. Parts after the first have a number."""
     topic = quote(place.topic, safe="")
     if len(topic) > _LONGEST_TOPIC:
         topic = f"{topic[:_LONGEST_TOPIC]}~{hashlib.sha256(place.topic.encode()).hexdigest()[:16]}"
-    return f"{kind}-{topic}-{place.partition}{'' if step is None else f'-{step}'}.parquet"
+    return f"{kind}-{topic}-{place.partition}{'' if step is None else f'-{step}'}{f'.{part}' if part else ''}.parquet"
 
 
 def describe_columns(state: EngineState) -> dict[str, Column]:
@@ -103,25 +116,48 @@ def describe_columns(state: EngineState) -> dict[str, Column]:
     }
 
 
-def group_by_place(series: Sequence[SeriesId]) -> dict[Place, list[int]]:
+def group_by_place(series: Sequence[SeriesId]) -> dict[Place, Slots]:
     """Row numbers of the series of each partition, sorted by key; partitions sorted too."""
     groups: dict[Place, list[int]] = {}
-    for i in sorted(range(len(series)), key=lambda i: series[i]):
-        groups.setdefault(Place(series[i].topic, series[i].partition), []).append(i)
-    return groups
+    for first in _gently(len(series)):
+        for i, (topic, partition, _) in enumerate(series[first : first + _AT_ONCE], first):
+            groups.setdefault(Place(topic, partition), []).append(i)
+    return {place: _by_key(series, groups[place]) for place in sorted(groups)}
 
 
-def write_series(sink: Sink, state: EngineState, place: Place, rows: Sequence[int]) -> None:
+def _by_key(series: Sequence[SeriesId], rows: Sequence[int]) -> Slots:
+    pieces = [_keys(series[i] for i in rows[first : first + _AT_ONCE]) for first in _gently(len(rows))]
+    order = pc.call_function("sort_indices", [pa.chunked_array(pieces, pa.string())])
+    return np.asarray(rows, np.int64)[order.to_numpy()]
+
+
+def parts_of(state: EngineState, rows: Slots) -> list[Slots]:
+    """The rows of a partition in as many parts as there are to be files."""
+    width = sum(column.width for column in describe_columns(state).values())
+    size = max(1, min(_FILE_ROWS, _FILE_BYTES // max(1, width)))
+    return [rows[first : first + size] for first in range(0, len(rows), size)]
+
+
+def write_series(sink: Sink, state: EngineState, place: Place, rows: Slots) -> None:
     """One Parquet file: a row per series of ``place``, in the order of ``rows``; page checksums on."""
     columns = describe_columns(state)
+    values = {name: state.take(name, rows) for name, column in columns.items() if column.width}
+    series = tuple(
+        chain.from_iterable([state.series[i] for i in rows[first : first + _AT_ONCE]] for first in _gently(len(rows)))
+    )
+    write_rows(sink, place, columns, [Rows(series, values)])
 
-    def pieces() -> Iterator[Rows]:
-        for first in range(0, len(rows), _ROW_GROUP):
-            group = np.asarray(rows[first : first + _ROW_GROUP], np.int64)
-            series = tuple(state.series[i] for i in group)
-            yield Rows(series, {name: state.take(name, group) for name, column in columns.items() if column.width})
 
-    write_rows(sink, place, columns, pieces())
+def _gently(count: int) -> Iterator[int]:
+    """The beginnings of pieces of so many names, with a rest between two."""
+    for first in range(0, count, _AT_ONCE):
+        if first:
+            time.sleep(_REST_S)
+        yield first
+
+
+def _keys(series: Iterable[SeriesId]) -> pa.Array:
+    return pa.array([one.key for one in series], pa.string())
 
 
 def write_rows(sink: Sink, place: Place, columns: dict[str, Column], pieces: Iterable[Rows]) -> int:
@@ -134,7 +170,7 @@ def write_rows(sink: Sink, place: Place, columns: dict[str, Column], pieces: Ite
         target, schema, compression="none", use_dictionary=False, write_statistics=False, write_page_checksum=True
     ) as writer:
         for rows in pieces:
-            arrays: list[pa.Array] = [pa.array([one.key for one in rows.series], pa.string())]
+            arrays: list[pa.Array] = [_keys(rows.series)]
             arrays += [_to_arrow(rows.columns[name], column) for name, column in columns.items()]
             if len(rows):
                 writer.write_table(pa.Table.from_arrays(arrays, schema=schema), row_group_size=len(rows))
@@ -202,7 +238,7 @@ def join_series(
     series: list[SeriesId] = []
     joined: dict[str, list[Tensor]] = {name: [] for name in columns}
     for place, keys, values in parts:
-        series.extend(SeriesId(place.topic, place.partition, key) for key in keys)
+        series.extend(map(SeriesId, repeat(place.topic), repeat(place.partition), keys))
         for name in columns:
             joined[name].append(values[name])
     for name, column in columns.items():
@@ -283,11 +319,11 @@ def _to_arrow(rows: Tensor, column: Column) -> pa.Array:
 def _from_arrow(values: pa.ChunkedArray, column: Column) -> Tensor:
     if not column.shape and column.torch_dtype in _NATIVE:
         return torch.from_numpy(np.array(values.to_numpy()))
-    rows = torch.empty((len(values), column.width), dtype=torch.uint8)
+    rows = np.empty((len(values), column.width), np.uint8)
     for at, chunk in _with_offsets(values.chunks):
         raw = np.frombuffer(chunk.buffers()[1], np.uint8, len(chunk) * column.width, chunk.offset * column.width)
-        rows[at : at + len(chunk)] = torch.from_numpy(raw.reshape(len(chunk), column.width).copy())
-    return rows.reshape(-1).view(column.torch_dtype).reshape(len(values), *column.shape)
+        rows[at : at + len(chunk)] = raw.reshape(len(chunk), column.width)
+    return torch.from_numpy(rows).reshape(-1).view(column.torch_dtype).reshape(len(values), *column.shape)
 
 
 def _with_offsets(chunks: Sequence[pa.Array]) -> Iterator[tuple[int, pa.Array]]:

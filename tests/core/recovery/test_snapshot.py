@@ -1,5 +1,6 @@
 import io
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -9,10 +10,13 @@ from hypothesis import strategies as st
 from streamlstm.engine.state import EngineState
 from streamlstm.errors import CheckpointError
 from streamlstm.records.batch import SeriesId
+from streamlstm.recovery import snapshot
 from streamlstm.recovery.snapshot import (
     describe_columns,
+    file_name,
     group_by_place,
     join_series,
+    parts_of,
     read_series,
     read_tensors,
     write_series,
@@ -49,9 +53,10 @@ def store(state: EngineState) -> EngineState:
     columns = describe_columns(state)
     parts = []
     for place, rows in group_by_place(state.series).items():
-        file = io.BytesIO()
-        write_series(file, state, place, rows)
-        parts.append(read_series(file.getvalue(), columns))
+        for part in parts_of(state, rows):
+            file = io.BytesIO()
+            write_series(file, state, place, part)
+            parts.append(read_series(file.getvalue(), columns))
     series, joined = join_series(parts, columns)
     files = io.BytesIO(), io.BytesIO()
     write_tensors(files[0], state.weights)
@@ -145,3 +150,21 @@ def test_a_pickle_is_never_run(tmp_path):
     with pytest.raises(CheckpointError, match="not a tensor file"):
         read_tensors(file.getvalue())
     assert not marker.exists()
+
+
+def test_a_partition_is_as_many_files_as_its_bytes_ask_for(monkeypatch):
+    monkeypatch.setattr(snapshot, "_FILE_BYTES", 100)
+    state = EngineState(
+        step=1,
+        series=tuple(SeriesId("t", 0, f"s{i}") for i in range(25)),
+        columns={"carry": [torch.zeros(25, 10)]},
+        weights={},
+        training={},
+        meta={},
+    )
+    ((place, rows),) = group_by_place(state.series).items()
+    parts = parts_of(state, rows)
+
+    assert [len(part) for part in parts] == [2] * 12 + [1]
+    assert sorted(np.concatenate(parts).tolist()) == list(range(25))
+    assert [file_name("state", place, part=i) for i in range(2)] == ["state-t-0.parquet", "state-t-0.1.parquet"]

@@ -21,6 +21,7 @@ from fakes import Crash, Fate, FatedDisk, digest_directory, fingerprint
 from streamlstm.engine.state import EngineState
 from streamlstm.errors import CheckpointError, CheckpointNotWritten, ConfigError, Temporary
 from streamlstm.records.batch import SeriesId
+from streamlstm.recovery import snapshot
 from streamlstm.recovery.background import BackgroundWriter
 from streamlstm.recovery.checkpoint import CheckpointStore, Keep, open_store
 from streamlstm.recovery.directory import Directory, DirectoryFiles
@@ -77,6 +78,21 @@ def test_what_was_written_is_loaded(store):
     assert loaded.state.digests() == state(5).digests()
     assert loaded.state.meta == state(5).meta
     assert loaded.generation.bytes == sum(f.stat().st_size for f in store.directory.glob("0*/*"))
+
+
+def test_a_partition_of_many_files_is_whole_and_any_of_them_may_be_found_damaged(store, monkeypatch):
+    monkeypatch.setattr(snapshot, "_FILE_ROWS", 2)
+    store.write(state(4, series=11), provenance(4))
+    store.write(state(5, series=11), provenance(5))
+
+    assert store.load(5).state.digests() == state(5, series=11).digests()
+    files = sorted((store.directory / f"{5:020d}").glob("state-in-0*.parquet"))
+    assert [file.name for file in files] == ["state-in-0.1.parquet", "state-in-0.2.parquet", "state-in-0.parquet"]
+    files[1].write_bytes(files[1].read_bytes()[:-1])
+    loaded, ((step, reason),) = store.newest()
+    assert loaded is not None
+    assert (loaded.generation.step, step) == (4, 5)
+    assert "state-in-0.2.parquet" in reason
 
 
 def test_a_state_without_series_keeps_its_columns(store):
