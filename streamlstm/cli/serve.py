@@ -5,7 +5,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import structlog
 
@@ -83,9 +83,9 @@ def serve(config: Config, asked: Asked) -> None:
         observer = _watch(stack, config, device, log)
         world, terms = _world(stack, store, config, device, _warned(decoder, log)), _terms(config, fingerprint, asked)
 
-        def begin() -> Daemon:
+        def begin(*, first: bool) -> Daemon:
             startup = Startup(observer, log, stop, time.monotonic, fingerprint)
-            ready = resume(world, terms, startup)
+            ready = resume(world, terms if first else replace(terms, fresh=False, rebuild=False), startup)
             startup.ready(ready)
             writer = BackgroundWriter(world.store, Keep(config.checkpoint.keep.last, config.checkpoint.keep.daily))
             encoder = ForecastEncoder(config_hash(config), config.model.horizons, ready.revision)

@@ -7,7 +7,6 @@ committed, in its own order. Reasons that need somebody's hand, a producer that 
 end the process instead.
 """
 
-from collections.abc import Callable
 from typing import Protocol
 
 from streamlstm.errors import StartOver, Temporary, Unavailable
@@ -45,7 +44,15 @@ class Log(Protocol):
         ...
 
 
-def run_sessions(begin: Callable[[], Session], stop: Stop, log: Log) -> None:
+class Begin(Protocol):
+    """Start up, and have a session ready to run."""
+
+    def __call__(self, *, first: bool) -> Session:
+        """``first`` until one has begun: what the operator asked of this start is not asked of those after it."""
+        ...
+
+
+def run_sessions(begin: Begin, stop: Stop, log: Log) -> None:
     """
     ``begin`` and run sessions until one ends as asked.
 
@@ -53,11 +60,12 @@ def run_sessions(begin: Callable[[], Session], stop: Stop, log: Log) -> None:
     is raised. Every other error is, but a broker that does not answer any more, having answered once, is
     :class:`~streamlstm.errors.Temporary`.
     """
-    failed = 0
+    failed, first = 0, True
     while True:
         session: Session | None = None
         try:
-            session = begin()
+            session = begin(first=first)
+            first = False
             session.run()
         except StartOver as error:
             failed = 1 if session is not None and session.committed else failed + 1

@@ -220,7 +220,7 @@ class Life(Process):
     def run(self) -> Any:
         """As the service does: a failed transaction costs a start-up, three in a row the process."""
 
-        def session() -> Daemon:
+        def session(*, first: bool) -> Daemon:
             self.begin()
             assert self.daemon is not None
             return self.daemon

@@ -38,7 +38,7 @@ def filled() -> Broker:
 
 
 def live(process: Process) -> None:
-    def begin() -> Daemon:
+    def begin(*, first: bool) -> Daemon:
         process.begin()
         assert process.daemon is not None
         return process.daemon
@@ -107,3 +107,23 @@ def test_failures_with_commits_between_them_do_not_add_up(tmp_path):
     live(process)
 
     assert len(process.journal.events("warning")) == 4
+
+
+def test_what_was_asked_of_the_start_is_not_asked_again_once_a_session_has_begun(tmp_path):
+    process = Process(filled(), tmp_path)
+    process.world = replace(process.world, publisher=FailingPublisher(process, lost={1, 4}))
+    asked = []
+
+    def begin(*, first: bool) -> Daemon:
+        asked.append(first)
+        process.begin()
+        assert process.daemon is not None
+        return process.daemon
+
+    try:
+        run_sessions(begin, process.stop, process.journal)
+    finally:
+        process.store.close()
+
+    # The first start fails at its incarnation, the session of the second one at a transaction.
+    assert asked == [True, True, False]
