@@ -185,7 +185,7 @@ def test_killed_anywhere_it_goes_on_from_a_bucket(
         whole(url)
     service.start()
     service.wait_ready()
-    service.wait_committed(6000, 60)
+    service.wait_consumed(60)
     assert service.stop() == 0
 
     assert whole(url) > 0
