@@ -10,12 +10,16 @@ happened.
 import os
 import random
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import BinaryIO
 
 from simulator.weather import Weather
 from streamlstm.recovery.disk import Disk
+
+_SECTOR_BYTES = 512
 
 
 @dataclass(eq=False)
@@ -111,6 +115,14 @@ def _put(held: bytearray, operation: tuple) -> None:
     held[at : at + len(what)] = what
 
 
+def _sectors(at: int, what: bytes) -> Iterator[tuple[int, bytes]]:
+    """A write as the disk does it: each sector comes whole or not at all."""
+    end = at + len(what)
+    borders = [at, *range(at - at % _SECTOR_BYTES + _SECTOR_BYTES, end, _SECTOR_BYTES), end]
+    for a, b in pairwise(borders):
+        yield a, what[a - at : b - at]
+
+
 def _apply(names: dict[str, Inode], operation: tuple) -> None:
     if operation[0] == "add":
         names[operation[1]] = operation[2]
@@ -128,7 +140,11 @@ def _leave(inode: Inode, path: Path, rng: random.Random) -> Inode:
         for at, what in inode.pending:
             if rng.random() < 0.5:
                 torn = at != "cut" and rng.random() < 0.5
-                _put(held, (at, what[: rng.randrange(len(what) + 1)] if torn else what))
+                for piece in _sectors(at, what) if torn else ():
+                    if rng.random() < 0.5:
+                        _put(held, piece)
+                if not torn:
+                    _put(held, (at, what))
         path.write_bytes(held)
         path.chmod(0o600)
         return Inode(bytes=held)
@@ -197,10 +213,13 @@ class SimulatedDisk(Disk):
 
     def write(self, file: BinaryIO, data: bytes | memoryview) -> None:
         inode, name = self.open[file.fileno()]
-        half = len(data) // 2
+        half, begun = len(data) // 2, len(inode.pending)
         self._put(file, inode, data[:half])  # a write that fails or is cut has done some of its work
         self._before("write", name)
         self._put(file, inode, data[half:])
+        if len(inode.pending) == begun + 2:  # one that has not is one
+            (at, first), (_, second) = inode.pending[begun:]
+            inode.pending[begun:] = [(at, first + second)]
 
     def _put(self, file: BinaryIO, inode: Inode, data: bytes | memoryview) -> None:
         if len(data) and not self.weather.dead:
