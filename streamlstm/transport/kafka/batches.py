@@ -5,6 +5,7 @@ It takes the place of the client's, because that one decompresses without limit,
 cannot unpack, at every start again, and does not say which partition a damaged batch is of.
 """
 
+import struct
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -74,10 +75,14 @@ class _Batches(_PartitionRecords):
             last = batch
             self.bytes_read += batch.size_in_bytes
             self.leader_epoch = batch.leader_epoch
-            if self.excluded(tp, batch.base_offset, batch.last_offset):
-                yield self._stand_in(batch, "excluded")
-            elif not (self._aborted(batch) or batch.is_control_batch):
-                yield from self._records(tp, batch)
+            excluded = self.excluded(tp, batch.base_offset, batch.last_offset)
+            # First of all: what is excluded begins and ends transactions all the same.
+            aborted = self._aborted(tp, batch, excluded=excluded)
+            if not (aborted or batch.is_control_batch):
+                if excluded:
+                    yield self._stand_in(batch, "excluded")
+                else:
+                    yield from self._records(tp, batch)
             self.next_fetch_offset = batch.next_offset
         if last is not None:
             # Compaction may have taken a batch's last record; the position is behind the batch all the same.
@@ -88,8 +93,12 @@ class _Batches(_PartitionRecords):
         """The next batch, whole and of the format we read."""
         try:
             batch = records.next_batch()
-        except kafka_errors.CorruptRecordError as error:
-            raise _damaged(tp, self.next_fetch_offset, self.next_fetch_offset, str(error)) from error
+        except (kafka_errors.CorruptRecordError, struct.error) as error:
+            # To be left out a batch must have an end, and this one has none.
+            raise DataError(
+                f"{tp.topic}/{tp.partition}: what is at offset {self.next_fetch_offset} is no batch: "
+                f"{_in_a_line(error)}; mend the log"
+            ) from error
         if batch is None:
             return None
         if batch.magic < _V2:
@@ -102,15 +111,25 @@ class _Batches(_PartitionRecords):
             raise _damaged(tp, batch.base_offset, batch.last_offset, "its checksum is wrong")
         return batch
 
-    def _aborted(self, batch: Any) -> bool:  # noqa: ANN401, because see above
+    def _aborted(self, tp: TopicPartition, batch: Any, *, excluded: bool) -> bool:  # noqa: ANN401, because see above
         """Whether a batch belongs to a transaction that came to nothing. Keeps track of which are."""
         if self.isolation_level != IsolationLevel.READ_COMMITTED or not batch.has_producer_id():
             return False
         self._consume_aborted_transactions_up_to(batch.last_offset)
-        if self._contains_abort_marker(batch):
+        if self._ends_aborted(tp, batch, excluded=excluded):
             self.aborted_producer_ids.discard(batch.producer_id)
             return False
         return self._is_batch_aborted(batch)
+
+    def _ends_aborted(self, tp: TopicPartition, batch: Any, *, excluded: bool) -> bool:  # noqa: ANN401, because see above
+        """Whether a batch is the marker that ends an aborted transaction."""
+        if excluded:
+            # Not to be looked into. A producer has one transaction at a time: if that came to nothing, this ends it.
+            return batch.is_control_batch
+        try:
+            return self._contains_abort_marker(batch)
+        except (kafka_errors.CorruptRecordError, struct.error, TypeError, StopIteration) as error:
+            raise _damaged(tp, batch.base_offset, batch.last_offset, _in_a_line(error)) from error
 
     def _records(self, tp: TopicPartition, batch: Any) -> Iterator[Record]:  # noqa: ANN401, because see above
         if batch.compression_type:
@@ -129,7 +148,7 @@ class _Batches(_PartitionRecords):
                     record.offset, record.timestamp, record.key, record.value, record.headers, batch.leader_epoch
                 )
         except kafka_errors.CorruptRecordError as error:
-            raise _damaged(tp, batch.base_offset, batch.last_offset, str(error)) from error
+            raise _damaged(tp, batch.base_offset, batch.last_offset, _in_a_line(error)) from error
 
     def _stand_in(self, batch: Any, why: str) -> Record:  # noqa: ANN401, because see above
         """One record for a batch; reading may have begun in the middle of it."""
@@ -142,6 +161,10 @@ class _Batches(_PartitionRecords):
 
 def _damaged(tp: TopicPartition, first: int, last: int, what: str) -> DataError:
     return DataError(
-        f"{tp.topic}/{tp.partition}: the batch of offsets {first} to {last} is damaged: {' '.join(what.split())}; mend "
-        f"the log, or leave them out: `streamlstm checkpoint revert --exclude {tp.topic}:{tp.partition}:{first}-{last}`"
+        f"{tp.topic}/{tp.partition}: the batch of offsets {first} to {last} is damaged: {what}; mend the log, or leave "
+        f"them out: `streamlstm checkpoint revert ID --exclude {tp.topic}:{tp.partition}:{first}-{last + 1}`"
     )
+
+
+def _in_a_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

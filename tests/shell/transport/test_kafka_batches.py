@@ -1,6 +1,7 @@
 """Batches as a broker sends them, without one: what is in them, what cannot be unpacked, and what it may cost."""
 
 import gzip
+import re
 import struct
 import subprocess
 import sys
@@ -18,9 +19,11 @@ from kafka.record.memory_records import MemoryRecords
 from kafka.record.util import calc_crc32c
 from kafka.structs import TopicPartition
 
+from streamlstm.cli.reverting import parse_range
 from streamlstm.errors import DataError
 from streamlstm.records.batch import Unread
 from streamlstm.transport.kafka.batches import Record, read_batches
+from streamlstm.transport.kafka.source import KafkaSource
 from streamlstm.transport.kafka.unpack import CannotUnpack, unpack
 
 TP = TopicPartition("in", 3)
@@ -34,14 +37,16 @@ ENCODE: dict[int, Callable[[bytes], bytes]] = {
 HEADER = struct.Struct(">qiibIhiqqqhii")
 
 
-def batch(values: Sequence[bytes | None], *, base: int = 100, codec: int = 0, epoch: int = 7) -> bytearray:
+def batch(
+    values: Sequence[bytes | None], *, base: int = 100, codec: int = 0, epoch: int = 7, pid: int = -1
+) -> bytearray:
     builder = DefaultRecordBatchBuilder(
         magic=2,
         compression_type=codec,
-        is_transactional=False,
-        producer_id=-1,
-        producer_epoch=-1,
-        base_sequence=-1,
+        is_transactional=pid >= 0,
+        producer_id=pid,
+        producer_epoch=0 if pid >= 0 else -1,
+        base_sequence=0 if pid >= 0 else -1,
         batch_size=1 << 24,
     )
     for i, value in enumerate(values):
@@ -52,21 +57,37 @@ def batch(values: Sequence[bytes | None], *, base: int = 100, codec: int = 0, ep
     return built
 
 
-def packed(payload: bytes, codec: int, *, records: int = 5, base: int = 100) -> bytearray:
+def packed(payload: bytes, attributes: int, *, records: int = 5, base: int = 100, pid: int = -1) -> bytearray:
     """A batch whose checksum is right, whatever its payload is."""
     length = HEADER.size - 12 + len(payload)
-    built = bytearray(HEADER.pack(base, length, 7, 2, 0, codec, records - 1, 1000, 1004, -1, -1, -1, records) + payload)
+    header = HEADER.pack(base, length, 7, 2, 0, attributes, records - 1, 1000, 1004, pid, -1, -1, records)
+    built = bytearray(header + payload)
     struct.pack_into(">I", built, 17, calc_crc32c(memoryview(built)[21:]))
     return built
 
 
-def read(data: bytes, *, start: int = 0, excluded: range = range(0), limit: int = LIMIT) -> tuple[list[Record], int]:
+def marker(base: int, pid: int, *, abort: bool) -> bytearray:
+    """The control batch that ends a transaction."""
+    key = struct.pack(">hh", 0, 0 if abort else 1)
+    record = bytes([0, 0, 0, 2 * len(key)]) + key + bytes([1, 0])
+    return packed(bytes([2 * len(record)]) + record, 0x30, records=1, base=base, pid=pid)
+
+
+def read(
+    data: bytes, *, start: int = 0, excluded: range = range(0), limit: int = LIMIT, aborted: Sequence[Any] = ()
+) -> tuple[list[Record], int]:
     """The records, and where reading goes on."""
     fetcher: Any = SimpleNamespace()
     read_batches(
         SimpleNamespace(_fetcher=fetcher), limit, lambda _, first, last: first in excluded and last in excluded
     )
-    part = fetcher.PartitionRecords(start, TP, MemoryRecords(data), isolation_level=IsolationLevel.READ_COMMITTED)
+    part = fetcher.PartitionRecords(
+        start,
+        TP,
+        MemoryRecords(data),
+        isolation_level=IsolationLevel.READ_COMMITTED,
+        aborted_transactions=aborted,
+    )
     return part.take(None), part.next_fetch_offset
 
 
@@ -139,6 +160,7 @@ import sys
 sys.modules["zstandard"] = None
 from kafka.errors import UnsupportedCodecError
 from streamlstm.transport.kafka.explain import explain
+from streamlstm.transport.kafka.source import KafkaSource
 from streamlstm.transport.kafka.unpack import unpack
 try:
     unpack(4, b"", 1)
@@ -158,8 +180,69 @@ def test_a_wrong_checksum_stops_with_its_place_and_the_way_on() -> None:
     damaged[-1] ^= 1
     records, _ = read(batch([b"a"], base=90))
     assert len(records) == 1
-    with pytest.raises(DataError, match=r"in/3: the batch of offsets 100 to 100 .*checksum.*--exclude in:3:100-100"):
+    with pytest.raises(DataError, match=r"in/3: the batch of offsets 100 to 100 .*checksum.*--exclude in:3:100-101"):
         read(damaged)
+
+
+def test_what_the_message_says_to_exclude_lets_reading_go_on() -> None:
+    damaged = packed(b"x", 0)
+    damaged[-1] ^= 1
+    with pytest.raises(DataError) as refused:
+        read(damaged)
+    told = re.search(r"checkpoint revert ID --exclude (\S+)`", str(refused.value))
+    assert told is not None
+    named = parse_range(told[1])
+    assert (named.topic, named.partition) == TP
+    source: Any = SimpleNamespace(_passed_over=[named])
+    assert KafkaSource._is_passed_over(source, TP, 100, 104)
+    assert not KafkaSource._is_passed_over(source, TP, 100, 105)
+    records, position = read(damaged + batch([b"z"], base=105), excluded=range(named.start, named.end))
+    assert ([r.value for r in records], position) == ([None, b"z"], 106)
+
+
+@pytest.mark.parametrize("length", [3, 20])
+def test_where_no_batch_begins_nothing_is_advised_that_would_not_help(length: int) -> None:
+    torn = struct.pack(">qi", 101, length) + b"\2" * length
+    with pytest.raises(DataError, match=r"^in/3: what is at offset 101 is no batch: .*; mend the log$"):
+        read(batch([b"a"]) + torn, start=101)
+
+
+ABORTED = [SimpleNamespace(producer_id=7, first_offset=100)]
+
+
+def transactions() -> bytearray:
+    """Aborted are 100 to 109, and 110 says so; committed are 111 to 113."""
+    return (
+        batch([b"no"] * 5, pid=7)
+        + batch([b"no"] * 5, base=105, pid=7)
+        + marker(110, 7, abort=True)
+        + batch([b"a", b"b", b"c"], base=111, pid=7)
+        + marker(114, 7, abort=False)
+    )
+
+
+@pytest.mark.parametrize(
+    "excluded", [range(0), range(100, 111), range(100, 105), range(105, 111), range(110, 111), range(100, 110)]
+)
+def test_what_was_committed_after_an_aborted_transaction_that_is_passed_over_is_read(excluded: range) -> None:
+    records, position = read(transactions(), excluded=excluded, aborted=ABORTED)
+    assert [(r.offset, r.value) for r in records] == [(111, b"a"), (112, b"b"), (113, b"c")]
+    assert position == 115
+
+
+def test_a_marker_that_is_passed_over_may_be_damaged() -> None:
+    data = transactions()
+    at = data.index(marker(110, 7, abort=True))
+    for i in range(HEADER.size, HEADER.size + 11):
+        damaged = bytearray(data)
+        damaged[at + i] ^= 0x7F
+        records, _ = read(damaged, excluded=range(110, 111), aborted=ABORTED)
+        assert [r.value for r in records] == [b"a", b"b", b"c"], i
+
+
+def test_a_marker_of_a_wrong_structure_stops_with_its_place() -> None:
+    with pytest.raises(DataError, match=r"offsets 100 to 100 is damaged: .*--exclude in:3:100-101"):
+        read(packed(b"\x7f" * 9, 0x30, records=1, pid=7))
 
 
 def test_records_of_a_wrong_structure_stop_with_their_place() -> None:
@@ -226,6 +309,7 @@ def test_members_without_end_are_not_unpacked_one_by_one() -> None:
 
 BOMB = """
 import resource, sys, zlib
+from streamlstm.transport.kafka.source import KafkaSource
 from streamlstm.transport.kafka.unpack import CannotUnpack, unpack
 codec = int(sys.argv[1])
 data = open(sys.argv[2], "rb").read()
