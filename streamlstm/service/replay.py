@@ -18,7 +18,7 @@ from streamlstm.config.keys import changed
 from streamlstm.engine.report import Outcome, StepReport
 from streamlstm.engine.state import EngineState
 from streamlstm.errors import ConfigError
-from streamlstm.records.batch import Cut, Headers, Messages, Range, RecordBatch, Rejected
+from streamlstm.records.batch import Cut, Headers, Messages, Range, RecordBatch, Rejected, Unread
 from streamlstm.recovery.exclusions import drop_excluded
 from streamlstm.recovery.making import EngineMaker, Steppable
 from streamlstm.recovery.progress import Value
@@ -285,6 +285,7 @@ class _Head(NamedTuple):
     key: bytes | None
     value: bytes | None
     headers: Headers
+    unread: Unread | None
 
 
 def _stream(source: ReadsCuts, index: int, start: Position, end: int, timeout_s: float) -> Generator[_Head, None, None]:
@@ -296,14 +297,16 @@ def _stream(source: ReadsCuts, index: int, start: Position, end: int, timeout_s:
             piece = Range(start.topic, start.partition, at, min(at + _FETCH, end))
             messages, at = source.read((piece,), timeout_s), piece.end
             waiting.extend(
-                _Head(broker_ns, index, offset, key, value, headers)
-                for broker_ns, offset, key, value, headers in zip(
-                    messages.broker_ns.tolist(),
-                    messages.offset.tolist(),
-                    messages.key,
-                    messages.value,
-                    messages.headers or [[] for _ in messages.value],
-                    strict=True,
+                _Head(broker_ns, index, offset, key, value, headers, messages.unread.get(m))
+                for m, (broker_ns, offset, key, value, headers) in enumerate(
+                    zip(
+                        messages.broker_ns.tolist(),
+                        messages.offset.tolist(),
+                        messages.key,
+                        messages.value,
+                        messages.headers or [[] for _ in messages.value],
+                        strict=True,
+                    )
                 )
             )
             continue
@@ -331,4 +334,5 @@ def _as_messages(heads: Sequence[_Head], starts: Sequence[Position], position: d
         key=[h.key for h in heads],
         value=[h.value for h in heads],
         headers=[h.headers for h in heads] if any(h.headers for h in heads) else None,
+        unread={m: h.unread for m, h in enumerate(heads) if h.unread is not None},
     )

@@ -1,4 +1,5 @@
 import numpy as np
+import pytest
 
 from streamlstm.records.batch import Messages, Range, Unread
 from streamlstm.recovery.exclusions import drop_excluded
@@ -54,3 +55,39 @@ def test_a_batch_that_could_not_be_unpacked_is_dropped_with_all_its_records() ->
     assert dropped == 5
     assert rest.offset.tolist() == [2, 14]
     assert rest.unread == {1: junk}
+
+
+@pytest.mark.parametrize(
+    ("excluded", "left"),
+    [
+        ([(0, 10), (15, 20)], (10, 14, 5)),
+        ([(8, 12)], (12, 14, 3)),
+        ([(10, 12)], (12, 14, 3)),
+        ([(13, 20)], (10, 12, 3)),
+        ([(11, 13)], (10, 14, 3)),
+        ([(13, 20), (8, 11)], (11, 12, 2)),
+        ([(10, 11), (11, 12)], (12, 14, 3)),
+        ([(12, 20), (10, 12)], None),
+        ([(0, 99)], None),
+    ],
+)
+def test_of_a_batch_that_could_not_be_unpacked_only_what_is_outside_is_left(excluded, left) -> None:
+    """Offsets 10 to 14, and a record before it and behind it."""
+    given = Messages(
+        cut=(Range("in", 0, 0, 20),),
+        range_index=np.zeros(3, np.int32),
+        offset=np.array([7, 14, 15]),
+        broker_ns=np.full(3, -1),
+        key=[None] * 3,
+        value=[b"x", None, b"y"],
+        unread={1: Unread(10, 14, 5, "not gzip")},
+    )
+    ranges = [Range("in", 0, *r) for r in excluded]
+
+    rest, dropped = drop_excluded(given, [*ranges, Range("in", 1, 0, 99)])
+
+    assert list(rest.unread.values()) == ([] if left is None else [Unread(*left, "not gzip")])
+    around = [at for at in (7, 15) if not any(r.start <= at < r.end for r in ranges)]
+    assert sorted(rest.offset.tolist()) == sorted(around + ([] if left is None else [left[1]]))
+    assert len(rest.key) == len(rest.value) == len(rest)
+    assert dropped + len(around) + (left[2] if left else 0) == 7

@@ -1,4 +1,5 @@
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import islice
 
 import numpy as np
@@ -8,7 +9,7 @@ from hypothesis import strategies as st
 from reports import SECOND_NS, START_NS, make_messages, make_report, make_update
 
 from streamlstm.engine.report import EXPERTS, Outcome, StepReport
-from streamlstm.records.batch import Cut, Messages, Range, RecordBatch, Rejected
+from streamlstm.records.batch import Cut, Messages, Range, RecordBatch, Rejected, Unread
 from streamlstm.recovery.progress import positions_after
 from streamlstm.service.replay import Fed, Recorded, Tally, feed_merged, feed_recorded, feed_source, replay
 from streamlstm.transport.interfaces import Position
@@ -181,6 +182,24 @@ def test_a_partition_far_behind_does_not_make_the_others_pile_up() -> None:
     feed = feed_merged(log, *positions, 1.0, 100)
     next(feed)
     assert log.reads == 2
+
+
+class LogWithJunk(Log):
+    """Its last message of a piece stands for a batch."""
+
+    def read(self, cut: Cut, timeout_s: float) -> Messages:
+        read = super().read(cut, timeout_s)
+        at = len(read) - 1
+        read.value[at] = None
+        return replace(read, unread={at: Unread(int(read.offset[at]) - 4, int(read.offset[at]), 5, "not gzip")})
+
+
+def test_a_batch_that_could_not_be_unpacked_is_merged_as_one() -> None:
+    log = LogWithJunk({0: [(0, 0), (9, 1)], 1: [(0, 0), (7, 2), (19, 3)]})
+    positions = [Position("in", p, 0) for p in (0, 1)], [Position("in", p, 20) for p in (0, 1)]
+    cuts = [fed.messages for fed in feed_merged(log, *positions, 1.0, 4)]
+    assert [{m: one[:3] for m, one in cut.unread.items()} for cut in cuts] == [{2: (5, 9, 5)}, {0: (15, 19, 5)}]
+    assert all(cut.value[m] is None for cut in cuts for m in cut.unread)
 
 
 def test_recorded_cuts_are_read_as_they_were() -> None:
