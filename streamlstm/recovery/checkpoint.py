@@ -366,13 +366,14 @@ class CheckpointStore:
         if not isinstance(stored, ScratchView):
             return None
         last = self._last
-        try:
-            steps, digest = (
-                ([last[1]], last[2])
-                if last and last[0]() is stored.scratch
-                else (list(reversed(self.steps())), stored.origin)
-            )
-        except (StreamlstmError, OSError):
+        if last and last[0]() is stored.scratch:
+            steps, digest = [last[1]], last[2]
+        elif stored.origin:
+            try:
+                steps, digest = list(reversed(self.steps())), stored.origin
+            except (StreamlstmError, OSError):
+                return None
+        else:
             return None
         for step in steps:
             try:

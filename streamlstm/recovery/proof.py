@@ -85,15 +85,20 @@ def find_start(store: CheckpointStore, chain: Chain, step: int) -> Generation:
     """
     The newest generation of this step or an earlier one that the chain goes on from.
 
-    Raises :class:`~streamlstm.errors.CheckpointError` when there is none.
+    Raises :class:`~streamlstm.errors.CheckpointError` when there is none, or what the chain had against the newest.
     """
+    refused: ProgressError | None = None
     for candidate in reversed([there for there in store.steps() if there <= step]):
         try:
             generation = store.verify(candidate)
+            if why_not_on(chain, generation) is None:
+                return generation
         except (CheckpointError, OSError):
             continue
-        if why_not_on(chain, generation) is None:
-            return generation
+        except ProgressError as error:
+            refused = refused or error
+    if refused is not None:
+        raise refused
     there = ", ".join(map(str, store.steps())) or "none"
     raise CheckpointError(
         f"no checkpoint in {store.name} of step {step} or before it can be gone on from; there is: {there}"

@@ -98,13 +98,17 @@ class Scratch:
         self.count -= len(found)
         return self._rows(found) if found else None
 
-    def forget(self, until: int) -> None:
-        """Drop some of those that were seen no later than ``until``; who returns is forgotten in any case."""
+    def forget(self, until: int, records: int) -> None:
+        """
+        Drop some of those that were seen no later than ``until``; who returns is forgotten in any case.
+
+        More than ``records``, those of the step: no more can leave memory by it, so those left to drop never pile up.
+        """
         if self.count:
             with self._transaction():
                 gone = self._database.execute(
                     "DELETE FROM stored WHERE rowid IN (SELECT rowid FROM stored WHERE seen <= ? LIMIT ?)",
-                    (max(until, BEGINNING), _DELETED_AT_ONCE),
+                    (max(until, BEGINNING), _DELETED_AT_ONCE + records),
                 )
                 self.count -= gone.rowcount
 

@@ -84,7 +84,7 @@ class TieredEngine:
         returning = scratch.fetch(engine.absent(batch)) if scratch else None  # 1
         report = engine.step(batch, returning)  # 2
         if scratch and engine.forgets_until is not None:
-            scratch.forget(engine.forgets_until)  # 3
+            scratch.forget(engine.forgets_until, len(batch))  # 3
         leaving = engine.evict()  # 4
         if leaving is not None:
             self._put(leaving, engine.step_number)

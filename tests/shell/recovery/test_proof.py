@@ -1,5 +1,6 @@
 """Recorded steps computed again from a checkpoint, and every digest compared."""
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from fakes import PACE, SETTINGS, Broker, Crash, Fate, Process, decode, digest_d
 from streamlstm.errors import CheckpointError, ConfigError, ProgressError
 from streamlstm.records.batch import Range
 from streamlstm.recovery.branching import revert
-from streamlstm.recovery.checkpoint import open_store
+from streamlstm.recovery.checkpoint import CheckpointStore, open_store
 from streamlstm.recovery.generations import Settings
 from streamlstm.recovery.progress import read_chain
 from streamlstm.recovery.proof import Bench, Verdict, expected_differences, find_start, prove
@@ -115,6 +116,26 @@ def test_where_no_checkpoint_is_old_enough_it_says_which_there_are(broker, tmp_p
     store.close()
     with pytest.raises(CheckpointError, match=r"no checkpoint in .* of step 1 or before it"):
         proven(broker, tmp_path, first=1)
+
+
+def test_a_checkpoint_of_another_run_is_gone_past_like_a_bad_one(broker, tmp_path):
+    old, foreign = steps(tmp_path)[1:3]
+    store = open_store(tmp_path / "state").open()
+    loaded = store.load(foreign)
+    store.write(loaded.state, replace(loaded.generation.provenance, lineage="another"))
+    store.close()
+
+    assert proven(broker, tmp_path, first=foreign).start == old
+    with pytest.raises(ProgressError, match="to run another"):
+        find_start(only(tmp_path, foreign), read_chain(broker.progress, "n"), foreign)
+
+
+def only(tmp_path: Path, step: int) -> CheckpointStore:
+    """The store with nothing but this generation."""
+    for other in (tmp_path / "state").glob("0*"):
+        if int(other.name) != step:
+            shutil.rmtree(other)
+    return open_store(tmp_path / "state")
 
 
 def test_a_chain_that_was_trimmed_beyond_the_checkpoint_is_refused(broker, tmp_path):

@@ -13,6 +13,7 @@ import torch
 from fakes import PACE, Broker, Crash, Fate, Process, fingerprint
 from hypothesis import given
 from hypothesis import strategies as st
+from objects import object_store
 
 from streamlstm.engine.core import Engine
 from streamlstm.engine.relayout import Layout, relayout
@@ -271,6 +272,32 @@ def test_a_key_may_be_anything(tmp_path, key):
     assert torch.equal(back.columns["h"], rows.columns["h"])
     assert len(scratch) == 0
     assert np.array_equal(seen.columns["seen_ns"], [7])
+
+
+def test_what_is_to_be_dropped_does_not_pile_up_however_many_leave_at_once(tmp_path):
+    """No series is ever seen again, and by each step 9000 of them leave that are past their time."""
+    engine = tiered(tmp_path, ttl="1s")
+    stored = []
+    for number in range(8):
+        code = np.arange(number * 9000, number * 9000 + 9000)
+        when = np.full(9000, number + 1) * 10 * streams.SECOND
+        stored.append(engine.step(streams.batch_of(code, when, np.ones(9000), offset=code)).series_stored)
+    assert max(stored) < 20_000
+
+
+def test_a_checkpoint_of_a_new_scratch_file_asks_no_older_one(tmp_path):
+    objects: dict[str, bytes] = {}
+    first, second = tiered(tmp_path / "a"), tiered(tmp_path / "b")
+    written = object_store(objects).open()
+    for engine in (first, second):
+        feed(engine, stream(), 0, 200 if engine is first else 220)
+    written.write(first.state(), provenance(first.step_number))
+    written.close()
+    asked = object_store(objects).open()
+    headers = []
+    asked.header = headers.append
+    asked.write(second.state(), provenance(second.step_number))
+    assert headers == []
 
 
 def test_memory_stays_flat_while_keys_go_on_and_on(tmp_path):
