@@ -12,9 +12,11 @@ from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, cast, get_args, get_origin
 
 from annotated_types import Ge, Gt, Le, MinLen
+from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
 from streamlstm.config.model import Config, KeyClass, Means, Section
+from streamlstm.errors import ConfigError
 
 ENV_PREFIX = "STREAMLSTM_"
 
@@ -221,7 +223,9 @@ def with_learning(config: Config, learning: Mapping[str, Any]) -> Config:
     """
     The configuration with other values of its learning keys; what is not given, or is no key any more, stays out of it.
 
-    Raises ``ValueError`` where the values cannot stand beside the rest.
+    They were recorded under another ``series.max_series``, which changes no bit: it is raised to what they need.
+
+    Raises :class:`~streamlstm.errors.ConfigError` where they cannot stand beside the rest.
     """
     known = learning_values(config)
     wanted = {path: learning[path] for path in known if path in learning}
@@ -234,7 +238,12 @@ def with_learning(config: Config, learning: Mapping[str, Any]) -> Config:
         for name in sections:
             section = section[name]
         section[last] = value
-    return Config.model_validate(plain)
+    plain["series"]["max_series"] = max(plain["series"]["max_series"], plain["training"]["max_wait"])
+    try:
+        return Config.model_validate(plain)
+    except ValidationError as error:
+        told = "; ".join(" ".join((*map(str, wrong["loc"]), wrong["msg"])) for wrong in error.errors())
+        raise ConfigError(f"recorded values of learning keys do not go with the configuration: {told}") from error
 
 
 def config_hash(config: Config) -> str:

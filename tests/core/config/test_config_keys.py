@@ -13,6 +13,7 @@ from streamlstm.config.keys import (
     with_learning,
 )
 from streamlstm.config.model import Config, Duration, format_duration
+from streamlstm.errors import ConfigError
 
 
 def made(**sections):
@@ -93,3 +94,21 @@ def test_a_configuration_may_be_put_under_other_learning_values():
     assert identity_values(other) == identity_values(config)
     assert with_learning(config, learning_values(config)) is config
     assert learning_values(with_learning(other, learning_values(config))) == learning_values(config)
+
+
+def test_learning_values_of_another_time_raise_max_series_where_they_need_it():
+    config = made(series={"max_series": 5}, training={"max_wait": 5})
+
+    then = with_learning(config, {"training.max_wait": 12})
+
+    assert (then.training.max_wait, then.series.max_series) == (12, 12)
+    assert with_learning(then, {"training.max_wait": 5}).series.max_series == 12
+
+
+def test_learning_values_that_do_not_go_with_the_rest_are_refused_in_one_line():
+    with pytest.raises(
+        ConfigError, match=r"do not go with the configuration: .*training\.k2: write at least"
+    ) as refused:
+        with_learning(made(), {"training.k1": 3, "training.k2": 1})
+    assert "\n" not in str(refused.value)
+    assert "pydantic" not in str(refused.value)

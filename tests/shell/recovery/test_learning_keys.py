@@ -140,3 +140,26 @@ def test_with_steps_to_replay_the_newest_values_go_on_and_others_are_refused(tmp
     with pytest.raises(ConfigError, match=r"must be replayed with training\.k2: 11; start once with these"):
         process(SMALL, broker, state).run()
     process(CHANGES[0], broker, state).run()
+
+
+def test_max_series_and_max_wait_are_lowered_together_and_older_steps_are_replayed_all_the_same(tmp_path):
+    broker, state = stopped(tmp_path)
+    before = open_store(state).steps()
+    lower = streams.small_config(
+        series={"max_series": 5}, training={"k1": 2, "k2": 6, "batch_series": 3, "max_wait": 5}
+    )
+    plain, where = copy(broker, state, tmp_path / "plain")
+    engine = process(changed(max_wait=5), plain, where).run()
+
+    log, where = copy(broker, state, tmp_path / "lowered")
+    lowered = process(lower, log, where).run()
+    for step in open_store(where).steps():
+        if step >= before[-1]:
+            (where / f"{step:020d}" / "model.pt").write_bytes(b"")
+    again = process(lower, log, where)
+    replayed = again.run()
+
+    assert published(log) == published(plain)
+    assert lowered.state().digests() == replayed.state().digests() == engine.state().digests()
+    assert again.ready is not None
+    assert again.ready.generation.step == before[-2]
