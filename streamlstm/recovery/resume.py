@@ -276,15 +276,15 @@ def _read_progress(world: World, terms: Terms, found: _Found) -> tuple[_Found, C
         chain = read_chain(world.progress.read(), name)
         if chain.tip is None or found.refusal is not None:
             return found, chain
-        aside = f" ({', '.join(world.store.bad())} were put aside as bad)" if world.store.bad() else ""
-        error = CheckpointError(
+        aside = f" ({', '.join(world.store.bad())} were put aside)" if world.store.bad() else ""
+        told = (
             f"the progress log holds {chain.last_step} steps of {name!r}, but {world.store.name} has no "
-            f"checkpoint{aside}: bring it back, have everything computed again by `run --rebuild-from-log`, or start "
-            "anew with `run --fresh`"
+            f"checkpoint{aside}"
         )
         if not (terms.fresh or terms.rebuild):
-            raise ProgressError(str(error))
-        return _Found(None, (), error), chain
+            again = "have everything computed again by `run --rebuild-from-log`, " if _from_its_first(chain) else ""
+            raise ProgressError(f"{told}: bring it back, {again}or start anew with `run --fresh`")
+        return _Found(None, (), CheckpointError(told)), chain
 
     _check_name(found.loaded.generation, world.store.name, name)
     link = found.loaded.generation.provenance.progress
@@ -515,12 +515,12 @@ def _rebuild(world: World, terms: Terms, chain: Chain, refusal: StreamlstmError)
     """
     if chain.tip is None:
         raise refusal
-    first = next(chain.after(0), None)
-    if chain.origin is None or (first is not None and first.number != 1):
+    if chain.origin is None or not _from_its_first(chain):
         raise ProgressError(
-            "--rebuild-from-log needs the progress log from its first record, and its front was trimmed "
-            f"(sink.progress.trim): start anew with `run --fresh`; {refusal}"
+            f"{refusal}; --rebuild-from-log needs the progress log from its first record, and its front was trimmed "
+            "(sink.progress.trim): bring a checkpoint back, or start anew with `run --fresh`"
         )
+    first = next(chain.after(0), None)
     settings, maker = terms.settings, chain.incarnation(first.incarnation) if first else None
     if maker is not None:
         settings = replace(settings, learning=maker.learning, hash=maker.config)
@@ -547,6 +547,12 @@ def _rebuild(world: World, terms: Terms, chain: Chain, refusal: StreamlstmError)
     if lost := _lost(world.source, chain, described):
         raise _gone(lost)
     return Loaded(world.store.write(state, provenance).generation, state)
+
+
+def _from_its_first(chain: Chain) -> bool:
+    """Whether everything can be computed again: no recorded step was trimmed, nor where the first began."""
+    first = next(chain.after(0), None)
+    return chain.origin is not None and (first is None or first.number == 1)
 
 
 def _put_aside_all_but_zero(store: CheckpointStore) -> list[str]:

@@ -98,13 +98,29 @@ def test_with_a_checkpoint_that_can_be_used_it_does_nothing(tmp_path):
     assert process.ready.replayed_steps == 0
 
 
-def test_a_trimmed_chain_is_refused_and_the_way_out_is_named(tmp_path):
+@pytest.mark.parametrize("loss", ["all bad", "all gone"])
+def test_a_trimmed_chain_is_refused_and_the_way_out_is_named(tmp_path, loss):
     broker, state = filled(200), tmp_path / "state"
     Process(broker, state, keep=2).run()
-    spoil(state)
+    if loss == "all bad":
+        spoil(state)
+    else:
+        shutil.rmtree(state)
 
-    with pytest.raises(ProgressError, match=r"its front was trimmed .* `run --fresh`"):
+    with pytest.raises(ProgressError, match=r"its front was trimmed .* `run --fresh`") as refused:
         Process(broker, state, rebuild=True).run()
+    assert str(refused.value).count("--rebuild-from-log") == str(refused.value).count("--fresh") == 1
+
+
+@pytest.mark.parametrize("trim", [False, True])
+def test_it_is_offered_only_where_the_chain_reaches_back_to_its_first_record(tmp_path, trim):
+    broker, state = filled(200), tmp_path / "state"
+    Process(broker, state, pace=replace(PACE, trim=trim), keep=2).run()
+    shutil.rmtree(state)
+
+    with pytest.raises(ProgressError, match=r"has no checkpoint: .* `run --fresh`") as refused:
+        Process(broker, state).run()
+    assert ("--rebuild-from-log" in str(refused.value)) is not trim
 
 
 @pytest.mark.parametrize("on_gap", ["fail", "skip"])
