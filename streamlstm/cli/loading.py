@@ -31,6 +31,10 @@ _NUMBER = re.compile(r"-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?")
 Keyed = tuple[bytes | None, bytes]
 
 
+class _Unusable(DataError):
+    """A row that nothing can be sent of."""
+
+
 class Wanted(NamedTuple):
     """What to load, from where, to where. ``partitions``: make the topic, if it is not there, with so many."""
 
@@ -70,7 +74,12 @@ def load_files(wanted: Wanted, *, say: Callable[[str], None]) -> str:
     with closing(loader), closing(files), _progress(files) as told, _uncollected():
         pace = _Pace(wanted.rate)
         while (messages := files.poll(pace.chunk, 0)) is not None:
-            loader.send(rows(messages.value))
+            try:
+                loader.send(rows(messages.value))
+            except _Unusable as error:
+                loader.finish()
+                before = f"; the {loader.accepted:,} before it were sent" if loader.accepted else ""
+                raise DataError(f"{error}{before}") from error
             pace.wait(len(messages))
             told()
         loader.finish()
@@ -114,8 +123,7 @@ def _open(wanted: Wanted) -> tuple[FileSource, "Callable[[Sequence[bytes | None]
             try:
                 row = keyed(value)
             except DataError as error:
-                before = f"; the {n - 1:,} before it were sent already" if n > 1 else ""
-                raise DataError(f"record {n:,} of {', '.join(map(str, wanted.files))}: {error}{before}") from error
+                raise _Unusable(f"record {n:,} of {', '.join(map(str, wanted.files))}: {error}") from error
             yield row
 
     return files, rows

@@ -50,6 +50,17 @@ def test_rows_of_csv_become_objects(deployment: Deployment, tmp_path: Path) -> N
     ]
 
 
+def test_before_a_line_that_cannot_be_used_all_others_are_sent_and_counted(
+    deployment: Deployment, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "m.ndjson"
+    file.write_bytes(b"".join(b'{"host":"h%d","n":%d}\n' % (i % 3, i) for i in range(12_345)) + b"not json\n{}\n")
+    assert produce(deployment, "--to", deployment.input, "--from", str(file), "--key", "$.host") == 65
+    assert "record 12,346 of" in (said := capsys.readouterr().err)
+    assert "the 12,345 before it were sent" in said
+    assert sorted(deployment.committed(deployment.input)) == sorted(file.read_bytes().split(b"\n")[:12_345])
+
+
 def test_a_topic_can_be_made_on_the_way(deployment: Deployment, tmp_path: Path) -> None:
     file = tmp_path / "m.ndjson"
     file.write_text('{"a":1}\n')
