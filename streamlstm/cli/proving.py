@@ -20,7 +20,15 @@ from streamlstm.records.decode import compile_decoder
 from streamlstm.recovery.checkpoint import open_store
 from streamlstm.recovery.fingerprint import take_fingerprint
 from streamlstm.recovery.progress import read_chain
-from streamlstm.recovery.proof import Bench, Mismatch, Verdict, expected_differences, find_start, prove
+from streamlstm.recovery.proof import (
+    Bench,
+    Mismatch,
+    Verdict,
+    expected_differences,
+    find_start,
+    nothing_compared,
+    prove,
+)
 from streamlstm.service.logging import configure_logging
 from streamlstm.transport.deadline import Deadline
 from streamlstm.transport.kafka.preflight import preflight
@@ -58,10 +66,13 @@ def prove_chain(loaded: Loaded, first: int, last: int | None, *, as_json: bool) 
         with _progress(until - generation.step) as each:
             verdict = prove(bench, chain, generation, until, each)
         seconds = time.perf_counter() - began
+    nothing = nothing_compared(verdict, chain)
     if as_json:
         click.echo(json.dumps(_as_json(verdict, expected, seconds), indent=2))
+        if nothing:
+            click.echo(f"note: {nothing}", err=True)
     else:
-        _print(verdict, seconds)
+        _print(verdict, seconds, nothing)
     if verdict.first is not None:
         raise DataError(_told(verdict, verdict.first))
     suggest(f"streamlstm checkpoint list -c {loaded.file}")
@@ -76,8 +87,8 @@ def _told(verdict: Verdict, first: Mismatch) -> str:
     )
 
 
-def _print(verdict: Verdict, seconds: float) -> None:
-    """Facts, a line each."""
+def _print(verdict: Verdict, seconds: float, nothing: str) -> None:
+    """Facts, a line each; last what they come to."""
     click.echo(f"from the checkpoint of step {verdict.start} to step {verdict.last}")
     click.echo(f"  steps    {verdict.steps:,} computed again, {verdict.compared:,} compared with the chain")
     click.echo(f"  records  {verdict.records:,} in {verdict.messages:,} messages")
@@ -89,7 +100,7 @@ def _print(verdict: Verdict, seconds: float) -> None:
     click.echo(
         f"  time     {seconds:.1f} s, {verdict.messages / max(seconds, 1e-9):,.0f} messages/s, nothing published"
     )
-    click.echo("all the same, to the bit" if verdict.holds else "NOT the same")
+    click.echo(nothing or ("all the same, to the bit" if verdict.holds else "NOT the same"))
 
 
 def _as_json(verdict: Verdict, expected: list[str], seconds: float) -> dict[str, object]:

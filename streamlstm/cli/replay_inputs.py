@@ -1,6 +1,6 @@
 """Where the cuts of a replay come from: files, topics, or what a live run recorded."""
 
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -361,7 +361,7 @@ def _open_recorded(
             total=min(total, asked.rows or total),
             unit="cuts",
             done=_itself,
-            notes=cluster.notes,
+            notes=lambda: [*cluster.notes(), *_nothing_note(steps, span)],
             topic_ids=lambda: span.topic_ids,
             freeze=span.freeze,
         )
@@ -389,6 +389,10 @@ def _whole_cuts(cuts: Iterable[Fed], rows: int | None) -> Iterator[Fed]:
 
 def _itself(messages: int) -> int:
     return messages
+
+
+def _nothing_note(steps: Sequence[Recorded], span: _Span) -> list[str]:
+    return [] if steps else [f"nothing was replayed: no recorded step follows step {span.after}"]
 
 
 def _naive_note(decoder: Decoder) -> list[str]:

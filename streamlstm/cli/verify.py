@@ -35,9 +35,11 @@ def verify(loaded: "Loaded", *, first: int, last: int | None, as_json: bool) -> 
     step with the one that was committed with its forecasts; and, where another checkpoint lies on the way, its weights,
     training and series too. Publishes and writes nothing; a running service is not disturbed.
 
-    Exit 0 when all is the same to the bit, 65 with the first difference when it is not. On another machine or with
-    other libraries differences are to be expected, and that is said first.
+    Exit 0 when all is the same to the bit, 65 with the first difference when it is not, or when the chain ends before
+    `--from`. On another machine or with other libraries differences are to be expected, and that is said first.
     """
+    if last is not None and last < first:
+        raise click.UsageError(f"--to {last} is before --from {first}")
     from streamlstm.cli.proving import prove_chain  # noqa: PLC0415, because it loads torch, and --help need not wait
 
     prove_chain(loaded, first, last, as_json=as_json)

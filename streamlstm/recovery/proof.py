@@ -85,24 +85,40 @@ def find_start(store: CheckpointStore, chain: Chain, step: int) -> Generation:
     """
     The newest generation of this step or an earlier one that the chain goes on from.
 
-    Raises :class:`~streamlstm.errors.CheckpointError` when there is none, or what the chain had against the newest.
+    Raises :class:`~streamlstm.errors.CheckpointError` when there is none, or what the chain had against the newest, and
+    :class:`~streamlstm.errors.ProgressError` when the chain ends before this step.
     """
     refused: ProgressError | None = None
     for candidate in reversed([there for there in store.steps() if there <= step]):
         try:
             generation = store.verify(candidate)
-            if why_not_on(chain, generation) is None:
-                return generation
+            if why_not_on(chain, generation) is not None:
+                continue
         except (CheckpointError, OSError):
             continue
         except ProgressError as error:
             refused = refused or error
+            continue
+        if step > chain.last_step:
+            raise ProgressError(f"there is no step {step} to begin with: the chain ends with step {chain.last_step}")
+        return generation
     if refused is not None:
         raise refused
     there = ", ".join(map(str, store.steps())) or "none"
     raise CheckpointError(
         f"no checkpoint in {store.name} of step {step} or before it can be gone on from; there is: {there}"
     )
+
+
+def nothing_compared(verdict: Verdict, chain: Chain) -> str:
+    """Why a verdict says nothing, in words; empty when something was compared."""
+    if verdict.compared or verdict.states or verdict.differing_states:
+        return ""
+    if verdict.steps:
+        return "nothing was compared: none of these steps has a digest that counts, and no checkpoint lies on the way"
+    if verdict.last == chain.last_step:
+        return f"nothing was compared: the chain ends with step {chain.last_step}"
+    return f"nothing was compared: the checkpoint is of step {verdict.start} itself"
 
 
 def expected_differences(chain: Chain, generation: Generation, last: int, here: Fingerprint) -> list[str]:

@@ -296,3 +296,8 @@ def test_show_as_json_is_one_object_of_data(capsys):
     assert plain["source"]["topics"] == ["metrics.raw"]
     assert frame.main(["config", "show", "-c", MINIMAL, "--json", "--origin"]) == 0
     assert json.loads(capsys.readouterr().out)["model.seed"] == {"value": 17, "origin": "default"}
+
+
+def test_a_proof_cannot_end_before_it_begins(capsys):
+    assert frame.main(["verify", "-c", MINIMAL, "--from", "8", "--to", "5"]) == 2
+    assert "--to 5 is before --from 8" in capsys.readouterr().err

@@ -13,7 +13,7 @@ from streamlstm.recovery.branching import revert
 from streamlstm.recovery.checkpoint import CheckpointStore, open_store
 from streamlstm.recovery.generations import Settings
 from streamlstm.recovery.progress import read_chain
-from streamlstm.recovery.proof import Bench, Verdict, expected_differences, find_start, prove
+from streamlstm.recovery.proof import Bench, Verdict, expected_differences, find_start, nothing_compared, prove
 
 RECORDS = 120
 KEEP_ALL = replace(PACE, trim=False)
@@ -187,3 +187,26 @@ def test_other_machines_and_processes_that_went_on_with_other_bits_are_told_of_f
     assert expected_differences(chain, generation, took_over.checkpoint, fingerprint("old")) == []
     assert later.step == took_over.checkpoint > 0
     assert expected_differences(chain, later, chain.last_step, fingerprint("new")) == ["cpu was old and is new"]
+
+
+def test_a_step_beyond_the_end_of_the_chain_is_refused_with_the_end(broker, tmp_path):
+    last = read_chain(broker.progress, "n").last_step
+    with pytest.raises(ProgressError, match=f"no step {last + 1} .*: the chain ends with step {last}"):
+        proven(broker, tmp_path, first=last + 1)
+
+
+def test_at_the_end_of_the_chain_it_says_that_nothing_was_compared(broker, tmp_path):
+    chain = read_chain(broker.progress, "n")
+    verdict = proven(broker, tmp_path, first=chain.last_step)
+    assert nothing_compared(verdict, chain) == f"nothing was compared: the chain ends with step {chain.last_step}"
+
+
+def test_up_to_the_step_of_the_checkpoint_nothing_is_compared(broker, tmp_path):
+    step = steps(tmp_path)[1]
+    verdict = proven(broker, tmp_path, first=step, last=step)
+    told = nothing_compared(verdict, read_chain(broker.progress, "n"))
+    assert told == f"nothing was compared: the checkpoint is of step {step} itself"
+
+
+def test_what_was_compared_is_not_called_nothing(broker, tmp_path):
+    assert nothing_compared(proven(broker, tmp_path), read_chain(broker.progress, "n")) == ""
