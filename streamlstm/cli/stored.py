@@ -25,7 +25,7 @@ from streamlstm.recovery.difference import Difference, TensorDifference, compare
 from streamlstm.recovery.fingerprint import take_fingerprint
 from streamlstm.recovery.generations import Loaded as State
 from streamlstm.recovery.generations import Settings, load_generation
-from streamlstm.recovery.inspection import Listed, describe, list_generations, step_of
+from streamlstm.recovery.inspection import Listed, describe, list_generations, none_there, step_of
 from streamlstm.recovery.place import name_of
 from streamlstm.recovery.restore import Moved, Rules
 from streamlstm.recovery.restore import restore as go_back
@@ -54,7 +54,7 @@ def list_all(loaded: Loaded, *, as_json: bool) -> None:
         _say_json({"directory": store.name, "checkpoints": here, "put_aside": aside})
         return
     if not here:
-        click.echo(f"no checkpoint in {store.name}")
+        click.echo(none_there(store))
     if rows:
         _print_table(
             ("step", "time", "age", "bytes", "series", "deployment", "run", "revision", "state", "positions"),
@@ -111,7 +111,7 @@ def verify(loaded: Loaded, ident: str | None, *, as_json: bool) -> None:
             ("step", "bytes", "series", "seconds", "verdict"), cells, right={"step", "bytes", "series", "seconds"}
         )
     else:
-        click.echo(f"no checkpoint in {store.name}")
+        click.echo(none_there(store))
     if bad:
         told = "; ".join(f"{row['step']}: {row['reason']}" for row in bad)
         raise CheckpointError(f"{len(bad)} of {len(rows)} checkpoints in {store.name} are bad: {told}")

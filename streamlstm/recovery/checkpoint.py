@@ -126,23 +126,35 @@ class CheckpointStore:
         try:
             self._place.open()
         except OSError as error:
-            what = f"checkpoint.url: {self.name}: {error.strerror or error}"
             if error.errno in _SETUP:
-                raise ConfigError(f"{what}; it must be {self._place.needs}") from error
-            raise CheckpointNotWritten(what) from error
+                raise self._unfit(error) from error
+            raise CheckpointNotWritten(f"checkpoint.url: {self.name}: {error.strerror or error}") from error
         return self
+
+    def _unfit(self, error: OSError) -> ConfigError:
+        return ConfigError(f"checkpoint.url: {self.name}: {error.strerror or error}; it must be {self._place.needs}")
 
     def close(self) -> None:
         """Let go of the place."""
         self._place.close()
 
     def steps(self) -> list[int]:
-        """The generations that are there, whole or not, oldest first."""
-        return self._place.steps()
+        """
+        The generations that are there, whole or not, oldest first.
+
+        A place that is no place for them is :class:`~streamlstm.errors.ConfigError` (78), as in :meth:`open`.
+        """
+        try:
+            return self._place.steps()
+        except (NotADirectoryError, PermissionError) as error:
+            raise self._unfit(error) from error
 
     def bad(self) -> list[str]:
         """The names of bad generations that were put aside, by this process or an earlier one; oldest first."""
-        return self._place.bad()
+        try:
+            return self._place.bad()
+        except (NotADirectoryError, PermissionError) as error:
+            raise self._unfit(error) from error
 
     def verify(self, step: int) -> Generation:
         """

@@ -55,6 +55,13 @@ def list_generations(store: CheckpointStore) -> list[Listed]:
     return rows + [row for name in store.bad() if (row := _look_aside(store, name)) is not None]
 
 
+def none_there(store: CheckpointStore) -> str:
+    """What to say of a store without a generation. A directory that does not exist may be a mistyped one."""
+    if store.directory is not None and not store.directory.exists():
+        return f"no checkpoint: {store.name} does not exist; is checkpoint.url right?"
+    return f"no checkpoint in {store.name}"
+
+
 def step_of(store: CheckpointStore, ident: str) -> int:
     """
     The step that an operator means by a number or ``latest``: the newest that is there, whole or not.
@@ -63,7 +70,7 @@ def step_of(store: CheckpointStore, ident: str) -> int:
     """
     steps = store.steps()
     if not steps:
-        raise CheckpointError(f"there is no checkpoint in {store.name}")
+        raise CheckpointError(none_there(store))
     if ident == LATEST:
         return steps[-1]
     step = int(ident) if ident.isascii() and ident.isdigit() else None

@@ -6,6 +6,7 @@ import torch
 
 from streamlstm.cli.main import main
 from streamlstm.engine.state import EngineState
+from streamlstm.errors import ConfigError
 from streamlstm.records.batch import SeriesId
 from streamlstm.recovery.checkpoint import open_store
 from streamlstm.recovery.generations import Provenance, Settings
@@ -106,5 +107,22 @@ def test_the_next_start_takes_the_newest_that_is_whole(capsys, config, tmp_path)
 
 
 def test_where_nothing_is_there_it_says_so(capsys, config, tmp_path):
+    (tmp_path / "empty").mkdir()
+    assert main(["checkpoint", "list", "-c", config, "--set", f"checkpoint.url={tmp_path / 'empty'}"]) == 0
+    assert capsys.readouterr().out == f"no checkpoint in {tmp_path / 'empty'}\n"
+
+
+def test_a_directory_that_does_not_exist_is_told_from_an_empty_one(capsys, config, tmp_path):
     assert main(["checkpoint", "list", "-c", config, "--set", f"checkpoint.url={tmp_path / 'none'}"]) == 0
-    assert capsys.readouterr().out == f"no checkpoint in {tmp_path / 'none'}\n"
+    assert f"{tmp_path / 'none'} does not exist" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "command", [["list"], ["show", "latest"], ["verify"], ["restore", "7", "--dry-run"], ["prune"]]
+)
+def test_a_file_where_the_directory_should_be_is_a_matter_of_configuration(capsys, config, tmp_path, command):
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(ConfigError) as at_start:
+        open_store(tmp_path / "file").open()
+    assert main(["checkpoint", *command, "-c", config, "--set", f"checkpoint.url={tmp_path / 'file'}"]) == 78
+    assert capsys.readouterr().err == f"streamlstm: error: {at_start.value}\n"
