@@ -223,7 +223,7 @@ def _row(found: Listed, now_s: float) -> dict[str, Any]:
 
 
 def _cells(row: dict[str, Any]) -> tuple[str, ...]:
-    state = "whole, next start" if row["next"] else "whole" if row["valid"] else f"BAD: {row['reason']}"
+    state = "whole, newest" if row["next"] else "whole" if row["valid"] else f"BAD: {row['reason']}"
     if row["aside"]:
         state = f"put aside as {row['aside']}: {state}"
     if not row["valid"]:

@@ -56,8 +56,8 @@ def test_each_checkpoint_is_a_line(capsys, config):
     assert first.split()[0] == "0"
     assert [second.split()[i] for i in (0, 1, 4, 5, 6, 7)] == ["7", "2026-11-19T08:00:00Z", "1", "n", "L", "0"]
     assert second.split()[-1] == "in-0@70"
-    assert "whole, next start" in second
-    assert "next start" not in first
+    assert "whole, newest" in second
+    assert "newest" not in first
 
 
 def test_json_has_the_positions(capsys, config):
