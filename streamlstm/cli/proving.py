@@ -33,6 +33,7 @@ from streamlstm.service.logging import configure_logging
 from streamlstm.transport.deadline import Deadline
 from streamlstm.transport.kafka.preflight import preflight
 from streamlstm.transport.kafka.source import KafkaSource
+from streamlstm.transport.kafka.topics import check_readable
 
 
 def prove_chain(loaded: Loaded, first: int, last: int | None, *, as_json: bool) -> None:
@@ -42,6 +43,7 @@ def prove_chain(loaded: Loaded, first: int, last: int | None, *, as_json: bool) 
     device = prepare_device(config)
     for warning in preflight(config.source):
         click.echo(f"warning: {warning}", err=True)
+    check_readable(config)
     with ExitStack() as stack:
         deadline = Deadline(config.runtime.deadline)
         stack.callback(deadline.close)

@@ -28,6 +28,7 @@ from streamlstm.transport.files import FileSource
 from streamlstm.transport.interfaces import Frozen, Position, TopicIds
 from streamlstm.transport.kafka.preflight import preflight
 from streamlstm.transport.kafka.source import KafkaSource
+from streamlstm.transport.kafka.topics import check_readable
 
 _MESSAGES_A_STEP = 500  # a step this long shows progress; how the stream is divided changes no bit
 _FILE_SUFFIXES = {".csv", ".tsv", ".txt", ".json", ".jsonl", ".ndjson", ".parquet", ".gz"}
@@ -335,6 +336,7 @@ def _span(config: Config, deadline: Deadline, begun: Begun | None, base: Generat
 def _open_recorded(
     config: Config, asked: Asked, begun: Begun | None, base: Generation | None
 ) -> Generator[Feed, None, None]:
+    check_readable(config)
     with _open_cluster(config) as cluster:
         chain, span = _span(config, cluster.deadline, begun, base)
         steps = [

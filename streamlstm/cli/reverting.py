@@ -23,6 +23,7 @@ from streamlstm.transport.deadline import Deadline
 from streamlstm.transport.interfaces import Position
 from streamlstm.transport.kafka.preflight import preflight
 from streamlstm.transport.kafka.source import KafkaSource
+from streamlstm.transport.kafka.topics import check_readable
 
 _RANGE = re.compile(r"(?P<topic>[^:]+):(?P<partition>\d+):(?P<start>\d+)-(?P<end>\d+)")
 
@@ -37,6 +38,7 @@ def revert(loaded: Loaded, ident: str, excluded: Sequence[str], *, dry_run: bool
     with ExitStack() as stack:
         store = open_store(config.checkpoint.url)
         step = step_of(store, ident)
+        check_readable(config)
         deadline = Deadline(config.runtime.deadline)
         stack.callback(deadline.close)
         delivery = open_delivery(config, deadline)

@@ -155,3 +155,14 @@ def test_a_poisoned_range_is_unlearnt_and_readers_can_tell(service: Service) -> 
     assert newest.generation.provenance.revision == 1
     assert newest.generation.provenance.excluded == (excluded,)
     assert {name.split(".")[0] for name in store.bad()} >= {f"{step:020d}" for step in old if step > good}
+
+
+@pytest.mark.parametrize("command", [["verify", "--from", "0"], ["replay", "--cuts", "progress"]])
+def test_a_chain_that_has_no_topic_is_refused_as_at_a_start(
+    cluster: Cluster, deploy: Callable[..., Deployment], tmp_path: Path, command: list[str]
+) -> None:
+    deployment = deploy(cluster)
+    deployment.make_topic(deployment.input, 1)
+    code, _, said = tool(Service(deployment, tmp_path, partitions=1), *command)
+    assert code == 78
+    assert f"{deployment.config.progress_topic}: no such topic; make it with `streamlstm topics create" in said

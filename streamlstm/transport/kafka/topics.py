@@ -145,6 +145,19 @@ def check_topics(config: Config) -> list[str]:
     return warnings
 
 
+def check_readable(config: Config) -> None:
+    """
+    Whether the input and the chain are there to be read; else :class:`~streamlstm.errors.ConfigError`, as at a start.
+
+    A consumer would wait for a topic that does not exist.
+    """
+    chain = (config.progress_topic,) if config.sink.delivery == "exactly_once" else ()
+    with admin(config.source) as client:
+        found = describe(client, [*config.source.topics, *chain])
+    if absent := [name for name, topic in found.items() if topic is None]:
+        raise missing(config, absent)
+
+
 def _ours(config: Config) -> tuple[str, ...]:
     """Forecasts, dead letters, and progress where it is kept in a topic."""
     outputs = config.forecast_topic, config.dead_letter_topic
