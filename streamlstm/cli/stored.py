@@ -25,7 +25,7 @@ from streamlstm.recovery.difference import Difference, TensorDifference, compare
 from streamlstm.recovery.fingerprint import take_fingerprint
 from streamlstm.recovery.generations import Loaded as State
 from streamlstm.recovery.generations import Settings, load_generation
-from streamlstm.recovery.inspection import Listed, describe, list_generations, none_there, step_of
+from streamlstm.recovery.inspection import Listed, blaming, describe, list_generations, none_there, step_of
 from streamlstm.recovery.place import name_of
 from streamlstm.recovery.restore import Moved, Rules
 from streamlstm.recovery.restore import restore as go_back
@@ -69,7 +69,8 @@ def show(loaded: Loaded, ident: str, *, as_json: bool) -> None:
     """``checkpoint show``."""
     store = open_for_reading(loaded.config)
     step = step_of(store, ident)
-    store.verify(step)
+    with blaming(f"the checkpoint of step {step} in {store.name}"):
+        store.verify(step)
     here = take_fingerprint(prepare_device(loaded.config), loaded.config.runtime.threads)
     told = describe(store.header(step), settings_of(loaded.config), here)
     told["time"] = _time(told.pop("created_ms"))
@@ -189,7 +190,9 @@ def prune(loaded: Loaded, *, dry_run: bool, as_json: bool) -> None:
 def export(loaded: Loaded, ident: str, out: Path) -> None:
     """``checkpoint export``."""
     store = open_for_reading(loaded.config)
-    generation = write_archive(store, step_of(store, ident), out)
+    step = step_of(store, ident)
+    with blaming(f"the checkpoint of step {step} in {store.name}"):
+        generation = write_archive(store, step, out)
     click.echo(f"{out}: the checkpoint of step {generation.step}, {out.stat().st_size:,} bytes, read back and whole")
     suggest(f"streamlstm checkpoint restore {out} -c {loaded.file} --dry-run")
 

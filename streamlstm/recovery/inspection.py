@@ -4,7 +4,8 @@ What an operator asks of stored generations: which are there, which one a start 
 Reads only, without the lock, so beside a running service: a generation may be pruned while it is looked at.
 """
 
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
@@ -12,7 +13,7 @@ from streamlstm.config.keys import changed
 from streamlstm.errors import CheckpointError
 from streamlstm.recovery.checkpoint import CheckpointStore
 from streamlstm.recovery.fingerprint import Fingerprint, compare_fingerprints
-from streamlstm.recovery.generations import MANIFEST, Generation, Header, Settings
+from streamlstm.recovery.generations import MANIFEST, Generation, Header, NewerSchema, Settings
 from streamlstm.recovery.place import step_of_bad
 from streamlstm.recovery.progress import Value
 
@@ -78,6 +79,20 @@ def step_of(store: CheckpointStore, ident: str) -> int:
         there = ", ".join(map(str, steps))
         raise CheckpointError(f"there is no checkpoint {ident!r} in {store.name}; there is: {there} (or {LATEST})")
     return step
+
+
+@contextmanager
+def blaming(what: str) -> Generator[None, None, None]:
+    """Say of an error in reading a generation which one it is, and what to do."""
+    try:
+        yield
+    except NewerSchema as error:
+        raise CheckpointError(f"{what}: {error}") from error
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{what} is bad: {error}; take an older ID (`streamlstm checkpoint list` names them, "
+            "`streamlstm checkpoint verify` checks them all)"
+        ) from error
 
 
 def changed_keys(then: Settings, now: Settings) -> list[ChangedKey]:

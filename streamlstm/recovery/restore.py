@@ -15,7 +15,7 @@ from streamlstm.errors import CheckpointError, ConfigError
 from streamlstm.recovery.archive import open_outside
 from streamlstm.recovery.checkpoint import CheckpointStore
 from streamlstm.recovery.generations import Generation, Settings, verify_generation
-from streamlstm.recovery.inspection import step_of
+from streamlstm.recovery.inspection import blaming, step_of
 from streamlstm.recovery.place import step_of_bad
 
 
@@ -68,14 +68,16 @@ def restore(store: CheckpointStore, what: str, rules: Rules, *, dry_run: bool) -
     if aside:
         generation, first = _bring_back(store, what, rules, dry_run=dry_run)
         return Restored(generation, "aside", first + _put_newer_aside(store, generation.step, dry_run=dry_run))
-    generation = store.load(step).generation
+    with blaming(f"the checkpoint of step {step} in {store.name}"):
+        generation = store.load(step).generation
     _check(store, generation, rules, what)
     return Restored(generation, "store", _put_newer_aside(store, step, dry_run=dry_run))
 
 
 def _take_in(store: CheckpointStore, what: str, rules: Rules, *, dry_run: bool) -> tuple[Generation, tuple[Moved, ...]]:
     with open_outside(Path(what)) as outside:
-        generation = verify_generation(outside.files, outside.step)
+        with blaming(what):
+            generation = verify_generation(outside.files, outside.step)
         _check(store, generation, rules, what)
         if _is_there(store, generation):
             return generation, ()
@@ -88,7 +90,8 @@ def _take_in(store: CheckpointStore, what: str, rules: Rules, *, dry_run: bool) 
 def _bring_back(
     store: CheckpointStore, what: str, rules: Rules, *, dry_run: bool
 ) -> tuple[Generation, tuple[Moved, ...]]:
-    generation = store.verify_bad(what)
+    with blaming(f"{what} in {store.name}"):
+        generation = store.verify_bad(what)
     _check(store, generation, rules, what)
     moved = _make_way(store, generation.step, dry_run=dry_run)
     if not dry_run:

@@ -143,6 +143,15 @@ def test_verify_names_the_file_that_is_damaged_and_ends_with_65(capsys, config, 
     assert (steps(tmp_path), aside(tmp_path)) == ([0, 3, 7], [])
 
 
+@pytest.mark.parametrize("command", ["show", "restore", "export"])
+def test_a_damaged_one_is_named_with_what_to_do(capsys, config, tmp_path, command):
+    damage(tmp_path, 7)
+    options = ["--out", str(tmp_path / "x.tar")] if command == "export" else []
+    said = refused(capsys, 65, command, "latest", "-c", config, *options)
+    assert f"the checkpoint of step 7 in {tmp_path / 'state'} is bad: model.pt is damaged" in said
+    assert "take an older ID (`streamlstm checkpoint list`" in said
+
+
 def test_verify_of_one_does_not_look_at_the_others(capsys, config, tmp_path):
     damage(tmp_path, 3)
     run(capsys, "verify", "7", "-c", config)
