@@ -65,10 +65,11 @@ class Written:
 
 
 class Refused(NamedTuple):
-    """A generation that cannot be used, and why."""
+    """A generation that cannot be used, and why. ``left``: it is not bad, the chain went back from it."""
 
     step: int
     reason: str
+    left: bool = False
 
 
 class Keep(NamedTuple):
@@ -184,18 +185,18 @@ class CheckpointStore:
         self._seen_whole(loaded.generation)
         return loaded
 
-    def newest(self, beyond: Mapping[int, str] | None = None) -> tuple[Loaded | None, list[Refused]]:
+    def newest(self, beyond: Mapping[int, Refused] | None = None) -> tuple[Loaded | None, list[Refused]]:
         """
         The newest generation that is whole, and the newer ones that are not, which are to be put aside.
 
-        ``beyond`` holds generations that the progress chain does not know, with the reason. ``None`` is returned when
+        ``beyond`` holds generations that the progress chain does not know. ``None`` is returned when
         there is none at all. Raises :class:`~streamlstm.errors.CheckpointError`, naming each reason, when there are
         some and none is good.
         """
         refused: list[Refused] = []
         for step in reversed(self.steps()):
             if beyond and step in beyond:
-                refused.append(Refused(step, beyond[step]))
+                refused.append(beyond[step])
                 continue
             try:
                 return self.load(step), refused
@@ -219,7 +220,7 @@ class CheckpointStore:
             return self._place.put_aside(step)
         except OSError as error:
             raise CheckpointNotWritten(
-                f"the checkpoint of step {step} in {self.name} is bad and cannot be put aside: {error}"
+                f"the checkpoint of step {step} in {self.name} cannot be put aside: {error}"
             ) from error
 
     def bring_back(self, name: str) -> Generation:

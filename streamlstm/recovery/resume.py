@@ -90,6 +90,10 @@ class Witness(Protocol):
         """A generation cannot be used and was put aside."""
         ...
 
+    def left_behind(self, refused: Refused, moved_to: str) -> None:
+        """The chain went back from a generation, which was put aside."""
+        ...
+
     def begins_anew(self, why: str, revision: int, moved_to: Sequence[str]) -> None:
         """A new generation 0 counts from here on, and the old ones were put aside."""
         ...
@@ -120,8 +124,9 @@ class Ready:
     """
     Everything is as it was: the engine is after step ``last_step`` and the source at ``positions``.
 
-    ``generation`` is the newest that is durable, ``refused`` were newer and bad. ``tip`` is the chain's newest record,
-    our own incarnation. ``replayed_records`` were consumed since ``generation``. ``excluded`` ranges are passed over.
+    ``generation`` is the newest that is durable, ``refused`` were newer and bad, not what the chain went back from.
+    ``tip`` is the chain's newest record, our own incarnation. ``replayed_records`` were consumed since ``generation``.
+    ``excluded`` ranges are passed over.
     ``differences`` is why bits are not those of the processes before, in words, whether or not anything was replayed.
     """
 
@@ -196,15 +201,16 @@ def resume(world: World, terms: Terms, witness: Witness) -> Ready:
     world.publisher.begin_session()  # 3
     found, chain = _read_progress(world, terms, found)  # 4
     if found.loaded is not None:
-        for bad in found.refused:
-            witness.found_bad(bad, world.store.put_aside(bad.step))
+        for unused in found.refused:
+            tell = witness.left_behind if unused.left else witness.found_bad
+            tell(unused, world.store.put_aside(unused.step))
     began = laps.lap("progress", began)
 
     found = _check(world, terms, found, chain)  # 5
     begins = found.loaded is None and not terms.rebuild
     loaded, rebuilt = _prepare(world, terms, found, chain, witness)  # 6
     generation, segments = loaded.generation, Segments(world.maker, chain, loaded)
-    refused, refusal = tuple(found.refused), found.refusal
+    refused, refusal = tuple(bad for bad in found.refused if not bad.left), found.refusal
     del loaded, found  # the engine will have its own copy
     excluded = generation.provenance.excluded if chain.excluded is None else chain.excluded
     pending = _steps_to_replay(chain, generation, terms.settings)
@@ -259,7 +265,7 @@ def resume(world: World, terms: Terms, witness: Witness) -> Ready:
     )
 
 
-def _find(store: CheckpointStore, terms: Terms, beyond: Mapping[int, str]) -> _Found:
+def _find(store: CheckpointStore, terms: Terms, beyond: Mapping[int, Refused]) -> _Found:
     """The newest generation that is whole and not ``beyond``. None being good is refused, if it cannot be mended."""
     try:
         return _Found(*store.newest(beyond))
@@ -292,18 +298,19 @@ def _read_progress(world: World, terms: Terms, found: _Found) -> tuple[_Found, C
     if link is not None and (chain.first != link or chain.ends_at(link) is None):
         # What the newest generation stands on is gone, or left behind by a branch: an older one may need more of it.
         chain = read_chain(world.progress.read(), name)
-    beyond: dict[int, str] = {}
+    beyond: dict[int, Refused] = {}
     while found.loaded is not None:
         generation = found.loaded.generation
+        left = generation.provenance.revision < chain.revision
         try:
             reason = why_not_on(chain, generation)
         except Unusable as error:
             if not (terms.fresh or terms.rebuild):
                 raise
-            reason = str(error)
+            reason, left = str(error), False
         if reason is None:
             break
-        beyond[generation.step] = reason
+        beyond[generation.step] = Refused(generation.step, reason, left)
         found = _find(world.store, terms, beyond)
     return found, chain
 

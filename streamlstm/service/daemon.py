@@ -529,6 +529,10 @@ class Startup:
             moved_to=moved_to,
         )
 
+    def left_behind(self, refused: Refused, moved_to: str) -> None:
+        """See :class:`~streamlstm.recovery.resume.Witness`."""
+        self._log.info("a checkpoint that the chain went back from was put aside", step=refused.step, moved_to=moved_to)
+
     def begins_anew(self, why: str, revision: int, moved_to: Sequence[str]) -> None:
         """See :class:`~streamlstm.recovery.resume.Witness`."""
         self._log.warning(

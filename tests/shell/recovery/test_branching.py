@@ -109,9 +109,29 @@ def test_generations_beyond_the_branch_are_put_aside_and_none_is_lost(tmp_path):
 
     assert process.store.steps() == steps[:2]
     assert len(process.store.bad()) == len(steps) - 2
-    assert process.ready is not None
-    assert all("not in the progress chain" in refused.reason for refused in process.ready.refused)
     process.store.close()
+
+
+def test_what_the_chain_went_back_from_is_not_bad_and_a_damaged_one_among_it_is(tmp_path):
+    broker, state = ran(tmp_path)
+    steps = open_store(state).steps()
+    went_back = "a checkpoint that the chain went back from was put aside"
+    for damaged in ((), (steps[-1],)):
+        kept, where = Broker(broker.inputs, progress=list(broker.progress), epoch=broker.epoch), tmp_path / str(damaged)
+        kept.next_progress = broker.next_progress
+        shutil.copytree(state, where)
+        go_back(kept, where, steps[1])
+        for step in damaged:
+            (where / f"{step:020d}" / "optim.pt").write_bytes(b"")
+
+        process = Process(kept, where, pace=KEEP_ALL)
+        ready = process.begin()
+        process.store.close()
+
+        assert [refused.step for refused in ready.refused] == [*damaged]
+        assert ready.source == ("fallback" if damaged else "checkpoint")
+        assert process.journal.events("info").count(went_back) == len(steps) - 2 - len(damaged)
+        assert len(process.journal.events("error")) == len(damaged)
 
 
 def test_exclusions_last_through_later_checkpoints_and_the_chains_trimming(tmp_path):

@@ -89,7 +89,8 @@ def test_a_partition_of_many_files_is_whole_and_any_of_them_may_be_found_damaged
     files = sorted((store.directory / f"{5:020d}").glob("state-in-0*.parquet"))
     assert [file.name for file in files] == ["state-in-0.1.parquet", "state-in-0.2.parquet", "state-in-0.parquet"]
     files[1].write_bytes(files[1].read_bytes()[:-1])
-    loaded, ((step, reason),) = store.newest()
+    loaded, ((step, reason, left),) = store.newest()
+    assert not left
     assert loaded is not None
     assert (loaded.generation.step, step) == (4, 5)
     assert "state-in-0.2.parquet" in reason

@@ -89,7 +89,7 @@ def campaign(store: CheckpointStore, trials: int) -> str:
         assert loaded is not None
         assert loaded.generation.step == previous, (path.name, kind, trial)
         assert loaded.state.digests() == expected, (path.name, kind, trial)
-        ((step, reason),) = refused
+        ((step, reason, _),) = refused
         assert (step, path.name in reason) == (whole.generation.step, True), (reason, kind, trial)
         found[kind] += 1
     assert store.newest()[1] == []
