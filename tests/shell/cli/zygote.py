@@ -1,8 +1,8 @@
 """
 Processes that begin where loading ends: torch and Arrow are loaded once, and every life is forked from that.
 
-One line of JSON in: arguments, where stdout and stderr go, after how many seconds it gets a signal, and which. One line
-out: how it ended.
+One line of JSON in: arguments, where stdout and stderr go, after how many seconds, or once there is anything in which
+directory, it gets a signal, and which. One line out: how it ended.
 """
 
 import json
@@ -36,7 +36,11 @@ def serve() -> None:
         asked = json.loads(line)
         Path(asked["said"]).parent.mkdir(parents=True, exist_ok=True)
         pid = live(asked["argv"], asked["said"])
-        if asked["after_s"] is not None:
+        if asked["once"] is not None:
+            while not list(Path(asked["once"]).glob("0*")):
+                time.sleep(0.001)
+            os.kill(pid, asked["signal"])
+        elif asked["after_s"] is not None:
             time.sleep(asked["after_s"])
             os.kill(pid, asked["signal"])  # it may have ended, but it is ours until it was waited for
         _, status = os.waitpid(pid, 0)
