@@ -13,12 +13,12 @@ from streamlstm.cli.delivery import progress_log
 from streamlstm.cli.device import prepare_device
 from streamlstm.cli.engines import engine_maker
 from streamlstm.cli.options import suggest
-from streamlstm.cli.stored import settings_of
 from streamlstm.config.load import Loaded
 from streamlstm.errors import DataError
 from streamlstm.records.decode import compile_decoder
 from streamlstm.recovery.checkpoint import open_store
 from streamlstm.recovery.fingerprint import take_fingerprint
+from streamlstm.recovery.generations import Settings
 from streamlstm.recovery.progress import read_chain
 from streamlstm.recovery.proof import (
     Bench,
@@ -61,7 +61,7 @@ def prove_chain(loaded: Loaded, first: int, last: int | None, *, as_json: bool) 
             source,
             compile_decoder(config.decode).decode,
             engine_maker(config, device),
-            settings_of(config),
+            Settings.of(config),
             config.runtime.deadline,
         )
         began = time.perf_counter()

@@ -23,7 +23,7 @@ from streamlstm.cli.device import prepare_device
 from streamlstm.cli.engines import engine_maker
 from streamlstm.cli.replay_inputs import Feed, is_of_files, load_named, open_feed
 from streamlstm.cli.result import Result, as_json_text, as_lines
-from streamlstm.config.keys import config_hash, identity_values, learning_values
+from streamlstm.config.keys import config_hash, learning_values
 from streamlstm.config.model import Config
 from streamlstm.engine.report import StepReport
 from streamlstm.errors import ConfigError, DataError
@@ -146,13 +146,9 @@ def _open_store(stack: ExitStack, config: Config, asked: Asked, disk: Disk) -> C
     return store
 
 
-def _settings(config: Config) -> Settings:
-    return Settings(config.name, config_hash(config), identity_values(config), learning_values(config))
-
-
 def _take_up(config: Config, asked: Asked, store: CheckpointStore, machine: Machine) -> Begun | None:
     """What was begun in ``store``: the same command, and on a machine that gives the same bits."""
-    begun = take_up(store, _settings(config))
+    begun = take_up(store, Settings.of(config))
     if begun is None:
         return None
     now = asked.lasting(of_files=is_of_files(config, asked))
@@ -191,7 +187,7 @@ def _keeper(
     terms = Terms(
         lineage=begun.provenance.lineage if begun else secrets.token_hex(8),
         incarnation=secrets.token_hex(8),
-        settings=_settings(config),
+        settings=Settings.of(config),
         fingerprint=machine.fingerprint,
         asked=asked.lasting(of_files=is_of_files(config, asked)),
     )

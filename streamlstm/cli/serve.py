@@ -13,7 +13,7 @@ from streamlstm import __version__
 from streamlstm.cli.delivery import open_delivery
 from streamlstm.cli.device import prepare_device
 from streamlstm.cli.engines import engine_maker
-from streamlstm.config.keys import config_hash, identity_values, learning_values
+from streamlstm.config.keys import config_hash
 from streamlstm.config.model import Config
 from streamlstm.engine.core import Engine
 from streamlstm.engine.selftest import dependent_rows
@@ -153,7 +153,7 @@ def _check_machine(config: Config, device: str, log: Log) -> Fingerprint:
 
 def _terms(config: Config, fingerprint: Fingerprint, asked: Asked) -> Terms:
     return Terms(
-        settings=Settings(config.name, config_hash(config), identity_values(config), learning_values(config)),
+        settings=Settings.of(config),
         start=config.source.start,
         fingerprint=fingerprint,
         on_mismatch=config.checkpoint.on_mismatch,

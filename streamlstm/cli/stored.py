@@ -14,7 +14,6 @@ import click
 
 from streamlstm.cli.device import prepare_device
 from streamlstm.cli.options import suggest
-from streamlstm.config.keys import config_hash, identity_values, learning_values
 from streamlstm.config.load import Loaded
 from streamlstm.config.model import Config
 from streamlstm.errors import CheckpointError, CheckpointNotWritten
@@ -37,11 +36,6 @@ _MOST_NAMED = 20
 def open_for_reading(config: Config) -> CheckpointStore:
     """The deployment's store, not locked."""
     return open_store(config.checkpoint.url)
-
-
-def settings_of(config: Config) -> Settings:
-    """The configuration as a state remembers it."""
-    return Settings(config.name, config_hash(config), identity_values(config), learning_values(config))
 
 
 def list_all(loaded: Loaded, *, as_json: bool) -> None:
@@ -72,7 +66,7 @@ def show(loaded: Loaded, ident: str, *, as_json: bool) -> None:
     with blaming(f"the checkpoint of step {step} in {store.name}"):
         store.verify(step)
     here = take_fingerprint(prepare_device(loaded.config), loaded.config.runtime.threads)
-    told = describe(store.header(step), settings_of(loaded.config), here)
+    told = describe(store.header(step), Settings.of(loaded.config), here)
     told["time"] = _time(told.pop("created_ms"))
     if as_json:
         _say_json(told)
@@ -134,7 +128,7 @@ def diff(loaded: Loaded, a: str, b: str, *, as_json: bool) -> None:
 def restore(loaded: Loaded, what: str, *, dry_run: bool, as_json: bool) -> None:
     """``checkpoint restore``."""
     store = open_for_reading(loaded.config)
-    rules = Rules(settings_of(loaded.config), trims=loaded.config.sink.progress.trim)
+    rules = Rules(Settings.of(loaded.config), trims=loaded.config.sink.progress.trim)
     with ExitStack() as stack:
         stack.callback(store.close)
         done = go_back(store, what, rules, dry_run=dry_run)

@@ -15,7 +15,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Se
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass, field
-from typing import Annotated, Any, NamedTuple, Protocol, TypeVar, cast
+from typing import Annotated, Any, NamedTuple, Protocol, Self, TypeVar, cast
 
 import msgspec
 import numpy as np
@@ -23,6 +23,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from streamlstm.config.keys import config_hash, identity_values, learning_values
+from streamlstm.config.model import Config
 from streamlstm.engine.state import EngineState
 from streamlstm.errors import CheckpointError
 from streamlstm.records.batch import Range, SeriesId
@@ -68,6 +70,11 @@ class Settings:
     hash: str
     identity: Mapping[str, Value]
     learning: Mapping[str, Value]
+
+    @classmethod
+    def of(cls, config: Config) -> Self:
+        """Of a configuration."""
+        return cls(config.name, config_hash(config), identity_values(config), learning_values(config))
 
 
 @dataclass(frozen=True, slots=True)

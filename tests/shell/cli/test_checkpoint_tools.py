@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from streamlstm.cli.main import main
-from streamlstm.cli.stored import settings_of
 from streamlstm.config.load import load
 from streamlstm.engine.state import EngineState
 from streamlstm.records.batch import SeriesId
@@ -61,7 +60,7 @@ def write(config: str, *states: EngineState, lineage: str = LINEAGE, **override:
     loaded = load(Path(config), sets=[f"{k.replace('__', '.')}={v}" for k, v in override.items()], environ={})
     store = open_store(loaded.config.checkpoint.url).open()
     for written in states:
-        store.write(written, made(written.step, settings_of(loaded.config), lineage))
+        store.write(written, made(written.step, Settings.of(loaded.config), lineage))
     store.close()
 
 
