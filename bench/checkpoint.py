@@ -13,7 +13,6 @@ import argparse
 import os
 import shutil
 import statistics
-import sys
 import tempfile
 import threading
 import time
@@ -22,10 +21,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from streamlstm.cli.serve import SWITCH_INTERVAL_S
+from streamlstm.cli import interpreter
 from streamlstm.config.model import Config
 from streamlstm.engine.core import Engine
 from streamlstm.records.batch import Range, RecordBatch, SeriesId
+from streamlstm.recovery.background import in_a_thread
 from streamlstm.recovery.checkpoint import CheckpointStore, open_store
 from streamlstm.recovery.generations import Provenance, Settings
 from streamlstm.transport.interfaces import Position
@@ -112,6 +112,14 @@ def raw_read(paths: list[Path]) -> float:
     return time.perf_counter() - began
 
 
+def settle() -> None:
+    """
+    Let all memory that is free be equally free: a virtual machine's host may take back what was not used for seconds,
+    and then whoever comes right after a large file was removed finds its pages at once, and another waits for each.
+    """
+    time.sleep(4)
+
+
 def forget(paths: list[Path]) -> None:
     """Have the kernel drop what it holds of these files, as after a crash of the machine."""
     for path in paths:
@@ -129,20 +137,23 @@ def measure_disk(store: CheckpointStore, engine: Engine, directory: Path, series
     state = engine.state()
     writes, raws = [], []
     for _ in range(3):
-        shutil.rmtree(directory / "raw", ignore_errors=True)
-        (directory / "raw").mkdir()
+        settle()
         began = time.perf_counter()
         generation = store.write(state, provenance()).generation
         writes.append(time.perf_counter() - began)
-        raws.append(raw_write(directory / "raw" / "raw", generation.bytes))
+        settle()
+        raws.append(raw_write(directory / "raw", generation.bytes))
+        (directory / "raw").unlink()
     del state
     size = generation.bytes
     paths = sorted((directory / "state" / f"{generation.step:020d}").iterdir())
     reads, loads = [], []
     for _ in range(3):
         forget(paths)
+        settle()
         reads.append(raw_read(paths))
         forget(paths)
+        settle()
         began = time.perf_counter()
         store.load(generation.step)
         loads.append(time.perf_counter() - began)
@@ -160,7 +171,7 @@ def main() -> None:
     parser.add_argument("--directory", type=Path, default=None)
     asked = parser.parse_args()
     torch.set_num_threads(1)
-    sys.setswitchinterval(SWITCH_INTERVAL_S)  # as `streamlstm run` does
+    interpreter.share_often()  # as `streamlstm run` does, and below
     torch.use_deterministic_algorithms(True, warn_only=True)
     engine, cuts = Engine.create(config(), "cpu"), Cuts(asked.series)
     for _ in range(2):
@@ -171,6 +182,7 @@ def main() -> None:
     print(f"torch {torch.__version__}, 1 thread, {asked.series} series, {PER_STEP} records of random series a step")
     print(f"{'':<44}{'median':>8} {'p99':>8} {'max':>11}")
 
+    interpreter.freeze()
     quiet = timed_steps(engine, cuts, lambda n: n >= 150)
     began = time.perf_counter()
     state = engine.state()
@@ -180,11 +192,11 @@ def main() -> None:
 
     def write(state=state) -> None:
         began = time.perf_counter()
-        results.append((store.write(state, provenance()), time.perf_counter() - began))
+        results.append((store.write(state, provenance(), last=True), time.perf_counter() - began))
         done.set()
 
     del state
-    threading.Thread(target=write, daemon=True).start()
+    in_a_thread(write)
     write.__defaults__ = ()
     busy = timed_steps(engine, cuts, lambda _: done.is_set())
     usual = statistics.median(quiet)

@@ -1,7 +1,6 @@
 """The composition root of the service: every part made once, told of each other, and closed in the reverse order."""
 
 import secrets
-import sys
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -10,6 +9,7 @@ from dataclasses import dataclass, replace
 import structlog
 
 from streamlstm import __version__
+from streamlstm.cli import interpreter
 from streamlstm.cli.delivery import open_delivery
 from streamlstm.cli.device import prepare_device
 from streamlstm.cli.engines import engine_maker
@@ -41,12 +41,6 @@ from streamlstm.transport.kafka.preflight import preflight
 from streamlstm.transport.kafka.source import KafkaSource
 from streamlstm.transport.kafka.topics import check_topics
 
-SWITCH_INTERVAL_S = 0.0005
-"""
-How long a thread keeps the interpreter while another waits for it; Python's own is ten times that. The loop gives it
-away at each of a step's many small operations, and waits so long to have it back whenever a checkpoint is written.
-"""
-
 
 @dataclass(frozen=True, slots=True)
 class Asked:
@@ -64,7 +58,7 @@ def serve(config: Config, asked: Asked) -> None:
     if config.source.type != "kafka":
         raise ConfigError("source.type: run reads from kafka; files are for `streamlstm replay`")
     configure_logging(config.logging.level, config.logging.format)
-    sys.setswitchinterval(SWITCH_INTERVAL_S)
+    interpreter.share_often()
     log = structlog.get_logger("streamlstm")
     device = prepare_device(config)
     log.info("starting", version=__version__, name=config.name, device=device, config=config_hash(config)[:8])
@@ -84,11 +78,13 @@ def serve(config: Config, asked: Asked) -> None:
         world, terms = _world(stack, store, config, device, _warned(decoder, log)), _terms(config, fingerprint, asked)
 
         def begin(*, first: bool) -> Daemon:
+            interpreter.thaw()
             startup = Startup(observer, log, stop, time.monotonic, fingerprint)
             ready = resume(world, terms if first else replace(terms, fresh=False, rebuild=False), startup)
             startup.ready(ready)
             writer = BackgroundWriter(world.store, Keep(config.checkpoint.keep.last, config.checkpoint.keep.daily))
             encoder = ForecastEncoder(config_hash(config), config.model.horizons, ready.revision)
+            interpreter.freeze()
             return Daemon(world, terms, ready, _pace(config), encoder, observer, log, stop, writer)
 
         try:

@@ -6,7 +6,7 @@ It is generic on purpose: recovery stores names, dtypes, shapes and bytes, and k
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -110,6 +110,17 @@ class EngineState:
             return self.columns.take(name, rows)
         return take_rows(self.columns[name], rows).cpu()
 
+    def take_all(self, names: Iterable[str], rows: Slots) -> dict[str, Tensor]:
+        """These rows of several columns, copies on the CPU."""
+        if isinstance(self.columns, Snapshot):
+            return self.columns.take_all(names, rows)
+        return {name: self.take(name, rows) for name in names}
+
+    def release(self, rows: Slots) -> None:
+        """Nobody will read these rows of any column again: what was held for them may go."""
+        if isinstance(self.columns, Snapshot):
+            self.columns.release(rows)
+
     def column(self, name: str) -> Tensor:
         """One column over all series, of which there is one at least: ``[len(series), …]``, on the CPU."""
         return self.take(name, np.arange(len(self.series)))
@@ -131,7 +142,7 @@ class EngineState:
         """Every series, in memory or stored, piece by piece."""
         for first in range(0, len(self.series), _DIGESTED_AT_ONCE):
             some = np.arange(first, min(first + _DIGESTED_AT_ONCE, len(self.series)))
-            yield Rows(self.series[first : first + len(some)], {name: self.take(name, some) for name in self.columns})
+            yield Rows(self.series[first : first + len(some)], self.take_all(self.columns, some))
         for place in self.stored.places() if self.stored else ():
             assert self.stored is not None
             yield from self.stored.rows(*place)

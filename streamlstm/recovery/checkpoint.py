@@ -8,10 +8,9 @@ older one was found good; when none is, nothing is touched and the start is refu
 """
 
 import errno
-import hashlib
 import time
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Self
@@ -21,6 +20,7 @@ from streamlstm.engine.state import EngineState, Stored
 from streamlstm.errors import CheckpointError, CheckpointNotWritten, ConfigError, StreamlstmError
 from streamlstm.recovery.directory import Directory
 from streamlstm.recovery.disk import Disk
+from streamlstm.recovery.encoding import Encoder
 from streamlstm.recovery.generations import (
     LAYOUT,
     Files,
@@ -42,13 +42,11 @@ from streamlstm.recovery.generations import (
 )
 from streamlstm.recovery.leavers import Base, LeaversPlan
 from streamlstm.recovery.objects import ObjectPrefix, connect
-from streamlstm.recovery.place import Attempt, Draft, Place, name_of, step_of_bad
+from streamlstm.recovery.place import Attempt, Place, name_of, step_of_bad
 from streamlstm.recovery.progress import Link
 from streamlstm.recovery.scratch import Scratch, ScratchView
-from streamlstm.recovery.snapshot import Sink
 from streamlstm.transport.interfaces import Frozen
 
-_BLOCK = 1 << 20
 _DAY_MS = 86_400_000
 
 # What an operator has to mend before a start, as against a disk that is full or broken.
@@ -262,9 +260,13 @@ class CheckpointStore:
             ) from error
         return header.generation
 
-    def write(self, state: EngineState, provenance: Provenance, beside: Frozen | None = None) -> Written:
+    def write(
+        self, state: EngineState, provenance: Provenance, beside: Frozen | None = None, *, last: bool = False
+    ) -> Written:
         """
         Make a state durable, and what goes beside it: every file, then the manifest, and only then is it announced.
+
+        ``last``: the state is not read again, so that it may be let go of piece by piece, whatever comes of this.
 
         Raises :class:`~streamlstm.errors.CheckpointNotWritten`, whose cause is the ``OSError``; older generations are
         then as they were, and the attempt's files are gone if the place lets them be removed.
@@ -272,7 +274,7 @@ class CheckpointStore:
         attempt = self._place.begin(state.step)
         self._forget(state.step)
         try:
-            written = self._write(state, provenance, beside, attempt)
+            written = self._write(state, provenance, beside, attempt, last=last)
         except OSError as error:
             attempt.discard()
             raise CheckpointNotWritten(
@@ -350,15 +352,19 @@ class CheckpointStore:
         self._whole.discard(step)
         self._told.pop(step, None)
 
-    def _write(self, state: EngineState, provenance: Provenance, beside: Frozen | None, attempt: Attempt) -> Written:
+    def _write(
+        self, state: EngineState, provenance: Provenance, beside: Frozen | None, attempt: Attempt, *, last: bool
+    ) -> Written:
         began = time.perf_counter()
         fsync_s = 0.0
         listed: dict[str, Listed] = {}
         base = self._base(state.stored)
         leavers = LeaversPlan(state, Base(base.meta.step, base.manifest.attempt, base.files_left) if base else None)
-        for name, put in files_of(state, provenance, beside, leavers).items():
-            spent, listed[name] = _write_file(attempt, name, put)
-            fsync_s += spent
+        files = files_of(state, provenance, beside, leavers, last=last)
+        with Encoder(files.values()) as made:
+            for name in files:
+                spent, listed[name] = _write_file(attempt, name, made)
+                fsync_s += spent
         for file in leavers.linked:
             assert base is not None
             attempt.link(base.meta.step, base.manifest.attempt, file.name)
@@ -398,57 +404,10 @@ class CheckpointStore:
         return None
 
 
-def _write_file(attempt: Attempt, name: str, put: Callable[[Sink], object]) -> tuple[float, Listed]:
-    """Seconds spent in fsync, length and SHA-256."""
+def _write_file(attempt: Attempt, name: str, made: Encoder) -> tuple[float, Listed]:
+    """Seconds spent in fsync, and what the file is."""
     with attempt.create(name) as draft:
-        sink = _Hashed(draft)
-        try:
-            put(sink)
-            sink.flush()
-        except BaseException:
-            # torch and pyarrow try to finish their files, and then tell of that instead of the disk.
-            if sink.error is not None:
-                raise sink.error from None
-            raise
+        listed = made.copy_next(draft.write)
         began = time.perf_counter()
         draft.sync()
-        return time.perf_counter() - began, Listed(sink.bytes, sink.sha.hexdigest())
-
-
-class _Hashed:
-    """A file that knows the length and SHA-256 of what went into it. After an error it takes no more."""
-
-    def __init__(self, draft: Draft) -> None:
-        self._draft = draft
-        self._held = bytearray()
-        self.sha = hashlib.sha256()
-        self.bytes = 0
-        self.error: BaseException | None = None
-
-    def write(self, data: bytes | memoryview, /) -> int:
-        if self.error is not None:
-            raise self.error
-        view = memoryview(data).cast("B")
-        self.sha.update(view)
-        self.bytes += view.nbytes
-        if view.nbytes < _BLOCK:
-            self._held += view
-        else:
-            self.flush()
-            self._put(view)
-        if len(self._held) >= _BLOCK:
-            self.flush()
-        return view.nbytes
-
-    def flush(self) -> None:
-        """Hand over what was held back to make one write of many small ones."""
-        if self._held:
-            held, self._held = self._held, bytearray()
-            self._put(memoryview(held))
-
-    def _put(self, data: memoryview) -> None:
-        try:
-            self._draft.write(data)
-        except BaseException as error:
-            self.error = error
-            raise
+        return time.perf_counter() - began, listed

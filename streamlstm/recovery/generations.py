@@ -11,6 +11,7 @@ Where generations live is another matter: :mod:`streamlstm.recovery.directory`, 
 
 import hashlib
 import json
+from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, closing, contextmanager
@@ -32,6 +33,7 @@ from streamlstm.recovery.leavers import FilesOfLeavers, LeaversPlan, Leaving, Le
 from streamlstm.recovery.progress import Link, Value
 from streamlstm.recovery.snapshot import (
     Column,
+    Place,
     Sink,
     canonical_json,
     describe_columns,
@@ -44,6 +46,7 @@ from streamlstm.recovery.snapshot import (
     write_series,
     write_tensors,
 )
+from streamlstm.series.table import Slots
 from streamlstm.transport.interfaces import Frozen, LeaderEpochs, Position
 
 MANIFEST = "MANIFEST.json"
@@ -55,6 +58,7 @@ _BESIDE = "beside.json"
 _BESIDE_ARRAYS = "beside.pt"
 MANIFEST_LIMIT = 64 << 20
 _BLOCK = 1 << 20
+_READERS = 2
 
 _Struct = TypeVar("_Struct", bound=msgspec.Struct)
 _Count = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
@@ -360,14 +364,24 @@ def _as_tensors(arrays: Mapping[str, NDArray[Any]]) -> dict[str, Tensor]:
 
 
 def files_of(
-    state: EngineState, provenance: Provenance, beside: Frozen | None, leavers: LeaversPlan
+    state: EngineState, provenance: Provenance, beside: Frozen | None, leavers: LeaversPlan, *, last: bool
 ) -> dict[str, Callable[[Sink], object]]:
-    """Every file but the manifest and those taken over, by name, with what writes it; in this order."""
+    """
+    Every file but the manifest and those taken over, by name, with what writes it; in this order.
+
+    ``last``: what was written of the state is let go of.
+    """
+
+    def write(sink: Sink, place: Place, rows: Slots) -> None:
+        write_series(sink, state, place, rows)
+        if last:
+            state.release(rows)
+
     files: dict[str, Callable[[Sink], object]] = {}
     for place, all_rows in group_by_place(state.series).items():
         for part, rows in enumerate(parts_of(state, all_rows)):
             name = file_name("state", place, part=part)
-            files[name] = lambda sink, place=place, rows=rows: write_series(sink, state, place, rows)
+            files[name] = lambda sink, place=place, rows=rows: write(sink, place, rows)
     files[_MODEL] = lambda sink: write_tensors(sink, state.weights)
     files[_OPTIM] = lambda sink: write_tensors(sink, state.training)
     files |= leavers.files
@@ -524,15 +538,15 @@ def _checked(files: Files, manifest: Manifest, name: str) -> bytes:
 
 
 def _checked_ahead(files: Files, manifest: Manifest, names: Iterable[str]) -> Generator[bytes]:
-    """The bytes of several; the next one is read and hashed while the one before is parsed."""
-    with ThreadPoolExecutor(1, "checkpoint-read") as reader:
-        coming: Future[bytes] | None = None
+    """The bytes of several; the next ones are read and hashed while one is parsed."""
+    with ThreadPoolExecutor(_READERS, "checkpoint-read") as readers:
+        coming: deque[Future[bytes]] = deque()
         for name in names:
-            before, coming = coming, reader.submit(_checked, files, manifest, name)
-            if before is not None:
-                yield before.result()
-        if coming is not None:
-            yield coming.result()
+            coming.append(readers.submit(_checked, files, manifest, name))
+            if len(coming) > _READERS:
+                yield coming.popleft().result()
+        while coming:
+            yield coming.popleft().result()
 
 
 def _compare(name: str, size: int, sha256: str, expected: Listed) -> None:

@@ -63,7 +63,7 @@ class Sink(Protocol):
     """Where bytes go, in order."""
 
     def write(self, data: bytes | memoryview, /) -> int:
-        """Take all of ``data``."""
+        """Take all of ``data``, which does not change any more."""
         ...
 
 
@@ -141,11 +141,14 @@ def parts_of(state: EngineState, rows: Slots) -> list[Slots]:
 def write_series(sink: Sink, state: EngineState, place: Place, rows: Slots) -> None:
     """One Parquet file: a row per series of ``place``, in the order of ``rows``; page checksums on."""
     columns = describe_columns(state)
-    values = {name: state.take(name, rows) for name, column in columns.items() if column.width}
+    values = state.take_all([name for name, column in columns.items() if column.width], rows)
     series = tuple(
         chain.from_iterable([state.series[i] for i in rows[first : first + _AT_ONCE]] for first in _gently(len(rows)))
     )
-    write_rows(sink, place, columns, [Rows(series, values)])
+    # In memory first: so pyarrow asks for the interpreter once and not for every page.
+    made = pa.BufferOutputStream()
+    _write_parquet(made, place, columns, [Rows(series, values)])
+    sink.write(memoryview(made.getvalue()))
 
 
 def _gently(count: int) -> Iterator[int]:
@@ -162,10 +165,13 @@ def _keys(series: Iterable[SeriesId]) -> pa.Array:
 
 def write_rows(sink: Sink, place: Place, columns: dict[str, Column], pieces: Iterable[Rows]) -> int:
     """One Parquet file of series of ``place``, a row group for each piece; page checksums on. How many there were."""
+    return _write_parquet(pa.PythonFile(_Stream(sink), mode="w"), place, columns, pieces)
+
+
+def _write_parquet(target: pa.NativeFile, place: Place, columns: dict[str, Column], pieces: Iterable[Rows]) -> int:
     columns = {name: column for name, column in columns.items() if column.width}
     schema = _schema(place, columns)
     written = 0
-    target = pa.PythonFile(_Stream(sink), mode="w")
     with pq.ParquetWriter(
         target, schema, compression="none", use_dictionary=False, write_statistics=False, write_page_checksum=True
     ) as writer:
@@ -281,10 +287,10 @@ class _Stream:
         self.closed = False
 
     def write(self, data: bytes | memoryview) -> int:
-        size = memoryview(data).nbytes
-        self._sink.write(data)
-        self._at += size
-        return size
+        kept = data if isinstance(data, bytes) else bytes(data)
+        self._sink.write(kept)
+        self._at += len(kept)
+        return len(kept)
 
     def tell(self) -> int:
         return self._at

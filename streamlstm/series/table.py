@@ -10,8 +10,10 @@ Axes: S slots (rows of the table), N rows of a selection (slots may repeat), R e
 
 import math
 import weakref
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -23,6 +25,12 @@ from streamlstm.records.batch import SeriesId
 FIRST_ROWS = 1024
 
 Slots = NDArray[np.int64]
+
+# Rows that a snapshot makes room for in one go. On the CPU only what is used of them takes memory.
+_ROWS_ASIDE = 4096
+
+_NOT_ASIDE = -1
+_RELEASED = -2
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +90,8 @@ class Snapshot(Mapping[str, Sequence[Tensor]]):
     (:meth:`keep`), once per row; whoever reads rows copies them from the chunks and *then* replaces those that were put
     aside by what was put aside. No lock is needed, because of the order: a row is put aside before it is written to, so
     a reader who met a row half written finds the whole one put aside. It may be read often, by any one thread beside
-    the writing one, and stops costing anything when nobody holds it any more.
+    the writing one, and stops costing anything when nobody holds it any more. Rows that were read for the last time are
+    given back (:meth:`release`): they are put aside no more, and their room is used again.
 
     As a mapping it gives whole columns, each in one piece, on the CPU; they are kept.
     """
@@ -92,10 +101,10 @@ class Snapshot(Mapping[str, Sequence[Tensor]]):
         self._slots = slots
         self._whole: dict[str, Tensor] = {}
         self._done = False
-        self._kept: list[dict[str, Tensor]] = []
-        # Of each slot: which of the kept blocks has it (-1: none), and where in it.
-        self._block_of = np.full(size, -1, np.int32)
-        self._row_of = np.empty(size, np.int32)
+        # Of each slot: where it was put aside, or one of the two below.
+        self._aside_of = np.full(size, _NOT_ASIDE, np.int64)
+        self._aside: dict[str, list[Tensor]] = {name: [] for name in self._chunks}
+        self._free: deque[Slots] = deque()
 
     def __len__(self) -> int:
         return len(self._chunks)
@@ -111,33 +120,79 @@ class Snapshot(Mapping[str, Sequence[Tensor]]):
             self._done = len(self._whole) == len(self)
         return [self._whole[name]]
 
+    @property
+    def put_aside(self) -> int:
+        """How many rows there is room for that was needed so far."""
+        return sum(len(piece) for piece in next(iter(self._aside.values()), []))
+
     def like(self, name: str) -> Tensor | None:
         """No rows of a column: dtype and shape. ``None`` while the table has no room for a row."""
         return self._chunks[name][0][:0] if self._chunks[name] else None
 
     def take(self, name: str, rows: Slots) -> Tensor:
         """These rows of a column, a copy on the CPU."""
-        if name in self._whole:
-            return self._whole[name][torch.from_numpy(rows)]
+        return self.take_all([name], rows)[name]
+
+    def take_all(self, names: Iterable[str], rows: Slots) -> dict[str, Tensor]:
+        """These rows of several columns, copies on the CPU."""
         slots = self._slots[rows]
-        taken = take_rows(self._chunks[name], slots).cpu()
-        block = self._block_of[slots]
-        for number in np.unique(block[block >= 0]):
-            here = np.flatnonzero(block == number)
-            kept = self._kept[number][name]
-            taken[torch.from_numpy(here)] = kept[torch.from_numpy(self._row_of[slots[here]]).to(kept.device)].cpu()
+        chosen = _pieces(_lengths(self._chunks), slots)
+        whole = torch.from_numpy(rows)
+        taken = {
+            name: self._whole[name][whole]
+            if name in self._whole
+            else _take_rows(self._chunks[name], chosen, len(slots)).cpu()
+            for name in names
+        }
+        aside = self._aside_of[slots]
+        assert not (aside == _RELEASED).any(), "rows that were given back are not read again"
+        here = np.flatnonzero(aside >= 0)
+        if len(here):
+            kept, target = _pieces(_lengths(self._aside), aside[here]), torch.from_numpy(here)
+            for name, values in taken.items():
+                if name not in self._whole:
+                    values[target] = _take_rows(self._aside[name], kept, len(here)).cpu()
         return taken
+
+    def release(self, rows: Slots) -> None:
+        """These rows will not be read again. By the thread that reads."""
+        slots = self._slots[rows]
+        aside = self._aside_of[slots]
+        # A row that is being put aside right now keeps its room to the end: no more than that is lost.
+        self._aside_of[slots] = _RELEASED
+        self._free.append(aside[aside >= 0])
 
     def keep(self, slots: Slots) -> None:
         """Put aside what is in these rows, unless it was before: they are about to be written to."""
         if self._done:
             return
-        slots = slots[slots < len(self._block_of)]
-        slots = np.unique(slots[self._block_of[slots] < 0])
+        slots = slots[slots < len(self._aside_of)]
+        slots = np.unique(slots[self._aside_of[slots] == _NOT_ASIDE])
         if len(slots):
-            self._kept.append({name: take_rows(chunks, slots) for name, chunks in self._chunks.items()})
-            self._row_of[slots] = np.arange(len(slots), dtype=np.int32)
-            self._block_of[slots] = len(self._kept) - 1
+            room = self._room_for(len(slots))
+            source, target = _pieces(_lengths(self._chunks), slots), _pieces(_lengths(self._aside), room)
+            for name, chunks in self._chunks.items():
+                _put_rows(self._aside[name], target, _take_rows(chunks, source, len(slots)))
+            self._aside_of[slots] = room
+
+    def _room_for(self, count: int) -> Slots:
+        """As many rows to put something aside in, in ascending order."""
+        found: list[Slots] = []
+        while (missing := count - sum(map(len, found))) > 0:
+            if not self._free:
+                self._free.append(self._more_room())
+            free = self._free.popleft()
+            found.append(free[:missing])
+            if missing < len(free):
+                self._free.appendleft(free[missing:])
+        return np.sort(np.concatenate(found))
+
+    def _more_room(self) -> Slots:
+        first = self.put_aside
+        for name, pieces in self._aside.items():
+            like = self._chunks[name][0]
+            pieces.append(_room_like(like, _ROWS_ASIDE))
+        return np.arange(first, first + _ROWS_ASIDE)
 
 
 class SeriesTable:
@@ -390,27 +445,69 @@ def _chunks_and_rows(slots: Slots) -> tuple[Slots, Slots]:
 
 def take_rows(pieces: Sequence[Tensor], rows: Slots) -> Tensor:
     """These rows of a column that lies in pieces of any length: a copy, where the column is."""
-    if len(pieces) == 1:
-        return pieces[0].index_select(0, torch.from_numpy(rows).to(pieces[0].device))
-    like = pieces[0]
-    taken = (
-        _room(len(rows), tuple(like.shape[1:]), like.dtype)
-        if like.device.type == "cpu"
-        else like.new_empty((len(rows), *like.shape[1:]))
-    )
-    ends = np.cumsum([len(piece) for piece in pieces])
+    return _take_rows(pieces, _pieces([len(piece) for piece in pieces], rows), len(rows))
+
+
+class _Piece(NamedTuple):
+    """The rows of some that lie in one piece: which of those, and which rows of it."""
+
+    number: int
+    where: Slots
+    rows: Tensor
+
+    @property
+    def together(self) -> slice | None:
+        """``where`` as a slice, if it is one."""
+        first, last = int(self.where[0]), int(self.where[-1])
+        return slice(first, last + 1) if last - first == len(self.where) - 1 else None
+
+
+def _lengths(columns: Mapping[str, Sequence[Tensor]]) -> list[int]:
+    """The lengths of the pieces, which are the same for all columns."""
+    return [len(piece) for piece in next(iter(columns.values()))]
+
+
+def _pieces(lengths: Sequence[int], rows: Slots) -> list[_Piece]:
+    if len(lengths) == 1:
+        return [_Piece(0, np.arange(len(rows)), torch.from_numpy(rows))] if len(rows) else []
+    ends = np.cumsum(lengths)
     piece_of = np.searchsorted(ends, rows, side="right")
+    found: list[_Piece] = []
     for number in np.unique(piece_of):
-        here = np.flatnonzero(piece_of == number)
-        piece = pieces[number]
-        start = int(ends[number]) - len(piece)
-        picked = torch.from_numpy(rows[here] - start).to(piece.device)
-        if here[-1] - here[0] == len(here) - 1:
+        where = np.flatnonzero(piece_of == number)
+        start = int(ends[number]) - lengths[number]
+        found.append(_Piece(int(number), where, torch.from_numpy(rows[where] - start)))
+    return found
+
+
+def _take_rows(pieces: Sequence[Tensor], chosen: Sequence[_Piece], count: int) -> Tensor:
+    like = pieces[0]
+    if len(chosen) == 1:
+        (piece,) = chosen
+        return pieces[piece.number].index_select(0, piece.rows.to(like.device))
+    taken = _room_like(like, count)
+    for piece in chosen:
+        rows = piece.rows.to(like.device)
+        if (together := piece.together) is not None:
             # In one go where they lie together: rows in the order of slots always do.
-            torch.index_select(piece, 0, picked, out=taken[int(here[0]) : int(here[-1]) + 1])
+            torch.index_select(pieces[piece.number], 0, rows, out=taken[together])
         else:
-            taken[torch.from_numpy(here).to(piece.device)] = piece.index_select(0, picked)
+            taken[torch.from_numpy(piece.where).to(like.device)] = pieces[piece.number].index_select(0, rows)
     return taken
+
+
+def _put_rows(pieces: Sequence[Tensor], chosen: Sequence[_Piece], values: Tensor) -> None:
+    """The inverse of :func:`_take_rows`; no row may repeat."""
+    for piece in chosen:
+        together = piece.together
+        some = values[together] if together else values[torch.from_numpy(piece.where).to(values.device)]
+        pieces[piece.number].index_copy_(0, piece.rows.to(values.device), some)
+
+
+def _room_like(like: Tensor, count: int) -> Tensor:
+    """Rows of a column that hold anything."""
+    shape = tuple(like.shape[1:])
+    return _room(count, shape, like.dtype) if like.device.type == "cpu" else like.new_empty((count, *shape))
 
 
 def _room(size: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

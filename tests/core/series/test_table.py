@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from streamlstm.records.batch import SeriesId
+from streamlstm.series import table as series_table
 from streamlstm.series.table import FIRST_ROWS, Column, SeriesTable
 
 COLUMNS = [
@@ -170,7 +171,24 @@ def test_only_the_rows_that_are_written_to_are_put_aside_and_once():
     _, taken = table.snapshot()
     for _ in range(3):
         table.fill("age", table.select(np.array([FIRST_ROWS + 1, 5, 5])), 5)
-    assert [len(kept["age"]) for kept in taken._kept] == [2]
+    assert np.flatnonzero(taken._aside_of >= 0).tolist() == [5, FIRST_ROWS + 1]
+
+
+def test_rows_that_were_given_back_are_put_aside_no_more_and_their_room_is_used_again(monkeypatch):
+    monkeypatch.setattr(series_table, "_ROWS_ASIDE", 8)
+    table = filled(MANY)
+    before = whole(table, "carry").clone()
+    _, taken = table.snapshot()
+    for first in range(0, MANY, 8):
+        now, next_ones = np.arange(first, min(first + 8, MANY)), np.arange(first + 8, min(first + 16, MANY))
+        some = table.select(np.concatenate([now, next_ones]))
+        table.fill("carry", some, first)
+        assert torch.equal(taken.take("carry", now), before[first : first + 8])
+        taken.release(now)
+        table.fill("carry", some, first + 1)
+    assert taken.put_aside == 16
+    with pytest.raises(AssertionError, match="given back"):
+        taken.take("carry", np.array([3]))
 
 
 def test_a_snapshot_that_nobody_holds_costs_nothing():
@@ -186,7 +204,7 @@ def test_a_snapshot_read_as_a_whole_costs_nothing_more():
     _, taken = table.snapshot()
     everything = dict(taken)
     table.fill("age", table.select(np.arange(3)), 5)
-    assert taken._kept == []
+    assert taken.put_aside == 0
     assert all(taken[column] is not None for column in everything)
 
 
@@ -252,13 +270,16 @@ def test_random_steps_between_random_reads_change_no_snapshot(count):
             series, taken = table.snapshot()
             order = [table.slot_of[one] for one in series]
             now = {c.name: table.gather(c.name, table.select(np.array(order))) for c in COLUMNS}
-            held.append((taken, now, len(series)))
+            held.append((taken, now, len(series), set()))
         elif what == 1 and held:
-            taken, then, size = held[rng.integers(len(held))]
-            rows = rng.integers(0, size, rng.integers(1, 30))
-            for column, values in then.items():
-                assert torch.equal(taken.take(column, rows), values[torch.from_numpy(rows)])
+            taken, then, size, gone = held[rng.integers(len(held))]
+            rows = np.array([row for row in rng.integers(0, size, rng.integers(1, 30)) if row not in gone], np.int64)
+            for column, values in taken.take_all(then, rows).items():
+                assert torch.equal(values, then[column][torch.from_numpy(rows)])
                 reads += 1
+            if len(held) % 2:
+                taken.release(rows)
+                gone.update(rows.tolist())
         elif what == 2 and held and rng.random() < 0.3:
             del held[rng.integers(len(held))]
         elif what == 3 and len(slots) > 2:
@@ -277,8 +298,9 @@ def test_random_steps_between_random_reads_change_no_snapshot(count):
         else:
             table.scatter("carry", table.select(some), torch.randn(len(some), 3, generator=torch_rng))
             table.fill("age", table.select(some), int(rng.integers(1000)))
-    for taken, then, _ in held:
-        assert all(torch.equal(taken[column][0], values) for column, values in then.items())
+    for taken, then, size, gone in held:
+        rest = np.array([row for row in range(size) if row not in gone], np.int64)
+        assert all(torch.equal(taken.take(column, rest), values[rest]) for column, values in then.items())
     assert reads > 100
 
 

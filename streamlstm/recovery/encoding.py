@@ -1,0 +1,105 @@
+"""
+The files of a generation, made in one thread and written in another: neither the processor nor the disk waits.
+
+Who writes stays in its own thread and does every file operation there, one after the other; what is made runs a bounded
+number of bytes ahead of it.
+"""
+
+import hashlib
+import queue
+import threading
+from collections.abc import Callable, Iterable
+from typing import Self
+
+from streamlstm.recovery.generations import Listed
+from streamlstm.recovery.snapshot import Sink
+
+_BLOCK = 8 << 20
+_BLOCKS_AHEAD = 4
+
+
+class _Abandoned(Exception):
+    """Nobody wants the rest."""
+
+
+class Encoder:
+    """
+    Makes files, each given by what writes it, ahead of who wants their bytes.
+
+    To be used by ``with``, in the thread that writes; nothing is made after that.
+    """
+
+    def __init__(self, files: Iterable[Callable[[Sink], object]]) -> None:
+        self._files = files
+        self._made: queue.Queue[memoryview | Listed | BaseException] = queue.Queue(_BLOCKS_AHEAD)
+        self._abandoned = False
+        self._thread = threading.Thread(target=self._make, name="checkpoint-encode", daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._abandoned = True
+        while self._thread.is_alive():
+            # It may wait for room to put something.
+            while not self._made.empty():
+                self._made.get()
+            self._thread.join(0.01)
+
+    def copy_next(self, write: Callable[[memoryview], object]) -> Listed:
+        """Give the bytes of the next file to ``write``; what they were. What making it raised is raised here."""
+        while not isinstance(made := self._made.get(), Listed):
+            if isinstance(made, BaseException):
+                raise made
+            write(made)
+        return made
+
+    def _make(self) -> None:
+        try:
+            for put in self._files:
+                sink = _Blocks(self._hand_over)
+                put(sink)
+                self._hand_over(sink.end())
+        except BaseException as error:  # noqa: BLE001, because who writes must hear of it, whatever it is
+            if not self._abandoned:
+                self._made.put(error)
+
+    def _hand_over(self, made: memoryview | Listed) -> None:
+        if self._abandoned:
+            raise _Abandoned
+        self._made.put(made)
+
+
+class _Blocks:
+    """A :class:`~streamlstm.recovery.snapshot.Sink` that makes blocks, and knows their length and SHA-256."""
+
+    def __init__(self, hand_over: Callable[[memoryview], None]) -> None:
+        self._hand_over = hand_over
+        self._held = bytearray()
+        self._sha = hashlib.sha256()
+        self._bytes = 0
+
+    def write(self, data: bytes | memoryview, /) -> int:
+        view = memoryview(data).cast("B")
+        self._sha.update(view)
+        self._bytes += view.nbytes
+        if view.nbytes < _BLOCK:
+            self._held += view
+            if len(self._held) >= _BLOCK:
+                self._flush()
+        else:
+            self._flush()
+            for first in range(0, len(view), _BLOCK):
+                self._hand_over(view[first : first + _BLOCK])
+        return view.nbytes
+
+    def end(self) -> Listed:
+        """There is no more."""
+        self._flush()
+        return Listed(self._bytes, self._sha.hexdigest())
+
+    def _flush(self) -> None:
+        if self._held:
+            held, self._held = self._held, bytearray()
+            self._hand_over(memoryview(held))

@@ -1,0 +1,59 @@
+"""Files made in one thread and written in another."""
+
+import hashlib
+import threading
+
+import pytest
+
+from streamlstm.recovery import encoding
+from streamlstm.recovery.encoding import Encoder
+
+
+def test_every_byte_arrives_in_order_and_is_told(monkeypatch):
+    monkeypatch.setattr(encoding, "_BLOCK", 10)
+    wanted = [b"".join(bytes([i]) * i for i in range(n)) for n in (0, 3, 9, 40)]
+
+    def put(sink, data):
+        for first in range(0, len(data), 7):
+            sink.write(data[first : first + 7])
+        sink.write(memoryview(data))
+
+    got = []
+    with Encoder([lambda sink, d=data: put(sink, d) for data in wanted]) as made:
+        for _ in wanted:
+            blocks: list[bytes] = []
+            listed = made.copy_next(lambda block, blocks=blocks: blocks.append(bytes(block)))
+            got.append(b"".join(blocks))
+            assert listed.bytes == len(got[-1])
+            assert listed.sha256 == hashlib.sha256(got[-1]).hexdigest()
+            assert all(len(block) < 20 for block in blocks)
+    assert got == [data * 2 for data in wanted]
+
+
+def test_what_making_a_file_raises_is_raised_where_it_is_written():
+    def broken(sink):
+        sink.write(b"x" * encoding._BLOCK)
+        raise ZeroDivisionError("half way")
+
+    seen = []
+    with pytest.raises(ZeroDivisionError, match="half way"), Encoder([broken]) as made:
+        made.copy_next(lambda block: seen.append(len(block)))
+    assert seen == [encoding._BLOCK]
+
+
+def test_no_more_is_made_than_so_many_bytes_ahead_and_nothing_once_it_is_left():
+    written = 0
+
+    def endless(sink):
+        nonlocal written
+        while True:
+            sink.write(b"x" * encoding._BLOCK)
+            written += 1
+
+    def write(_):
+        raise OSError("full")
+
+    with pytest.raises(OSError, match="full"), Encoder([endless]) as made:
+        made.copy_next(write)
+    assert written <= encoding._BLOCKS_AHEAD + 2
+    assert not [thread for thread in threading.enumerate() if thread.name == "checkpoint-encode"]
