@@ -247,7 +247,7 @@ def test_a_defect_in_the_writer_ends_the_process(tmp_path):
     process = Process(filled(60), tmp_path / "state")
     process.begin()
 
-    def broken(state, provenance, beside):
+    def broken(state, provenance, beside, *, last):
         raise ZeroDivisionError
 
     process.store.write = broken
