@@ -48,6 +48,8 @@ def list_(loaded: "Loaded", *, as_json: bool) -> None:
     """
     List the checkpoints, oldest first, and check every byte of each.
 
+    `series` are in memory, `stored` beyond series.max_series.
+
     The newest that is whole is marked: a start takes it, unless the chain was made to go on from an older one
     (`revert`), which is not asked here. Those that were put aside come last, by the name that `restore` knows them by.
     Reads only; a running service is not disturbed.

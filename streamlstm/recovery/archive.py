@@ -21,10 +21,13 @@ from streamlstm.recovery.generations import (
     MANIFEST_LIMIT,
     Files,
     Generation,
+    Loaded,
+    load_generation,
     parse_manifest,
     read_header,
     verify_generation,
 )
+from streamlstm.recovery.inspection import blaming
 from streamlstm.recovery.place import name_of
 
 _MODE = 0o600
@@ -97,17 +100,23 @@ def open_outside(path: Path) -> Generator[Outside, None, None]:
     Raises :class:`~streamlstm.errors.CheckpointError` when it is neither.
     """
     if path.is_dir():
-        yield _opened(DirectoryFiles(path))
+        yield _opened(path, DirectoryFiles(path))
         return
     try:
         with tarfile.open(path, mode="r:") as tar:
-            yield _opened(ArchiveFiles(path, tar))
+            yield _opened(path, ArchiveFiles(path, tar))
     except tarfile.TarError as error:
         raise CheckpointError(f"{path} is no archive of a checkpoint: {error}") from error
 
 
-def _opened(files: Files) -> Outside:
-    with files.manifest() as file:
+def load_outside(outside: Outside, what: str) -> Loaded:
+    """The state in one that is called ``what``; series beyond memory are read while it is open."""
+    with blaming(what):
+        return load_generation(outside.files, outside.step)
+
+
+def _opened(path: Path, files: Files) -> Outside:
+    with blaming(str(path)), files.manifest() as file:
         return Outside(parse_manifest(file.read(MANIFEST_LIMIT + 1)).step, files)
 
 

@@ -375,7 +375,9 @@ class CheckpointStore:
         done = time.perf_counter()
         fsync_s += done - committing
         size = len(manifest) + sum(entry.bytes for entry in listed.values())
-        generation = Generation(state.step, digest_manifest(manifest), size, len(state.series), provenance)
+        left = leavers.told()
+        stored = left.series if left else 0
+        generation = Generation(state.step, digest_manifest(manifest), size, len(state.series), stored, provenance)
         if isinstance(state.stored, ScratchView):
             self._last = weakref.ref(state.stored.scratch), generation.step, generation.digest
         return Written(generation, write_s=done - began - fsync_s, fsync_s=fsync_s)

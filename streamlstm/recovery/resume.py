@@ -550,7 +550,7 @@ def _rebuild(world: World, terms: Terms, chain: Chain, refusal: StreamlstmError)
         revision=chain.revision,
         excluded=chain.excluded or (),
     )
-    described = Generation(0, "", 0, 0, provenance)
+    described = Generation(0, "", 0, 0, 0, provenance)
     _check_topics(world.source, described)
     if lost := _lost(world.source, chain, described):
         raise _gone(lost)

@@ -142,13 +142,23 @@ def test_verify_names_the_file_that_is_damaged_and_ends_with_65(capsys, config, 
     assert (steps(tmp_path), aside(tmp_path)) == ([0, 3, 7], [])
 
 
-@pytest.mark.parametrize("command", ["show", "restore", "export"])
+@pytest.mark.parametrize("command", ["show", "restore", "export", "diff"])
 def test_a_damaged_one_is_named_with_what_to_do(capsys, config, tmp_path, command):
     damage(tmp_path, 7)
-    options = ["--out", str(tmp_path / "x.tar")] if command == "export" else []
-    said = refused(capsys, 65, command, "latest", "-c", config, *options)
+    options = {"export": ["--out", str(tmp_path / "x.tar")], "diff": ["3"]}.get(command, [])
+    said = refused(capsys, 65, command, "latest", *options, "-c", config)
     assert f"the checkpoint of step 7 in {tmp_path / 'state'} is bad: model.pt is damaged" in said
     assert "take an older ID (`streamlstm checkpoint list`" in said
+
+
+@pytest.mark.parametrize("file", ["model.pt", "MANIFEST.json"])
+def test_a_damaged_one_at_a_path_is_named_by_its_path(capsys, config, tmp_path, file):
+    copy = tmp_path / "copy"
+    shutil.copytree(tmp_path / "state" / f"{7:020d}", copy)
+    (copy / file).write_bytes(b"{")
+    for command in (["diff", str(copy), "3"], ["restore", str(copy)]):
+        assert f"{copy} is bad: {file} " in (said := refused(capsys, 65, *command, "-c", config))
+        assert "take an older ID" in said
 
 
 def test_verify_of_one_does_not_look_at_the_others(capsys, config, tmp_path):

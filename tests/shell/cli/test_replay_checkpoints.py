@@ -177,6 +177,19 @@ def test_a_replay_begins_with_a_checkpoint_and_learns_on(here: Here) -> None:
     assert "there is no checkpoint '7'" in here.capsys.readouterr().err
 
 
+@pytest.mark.parametrize("how", ["latest", "step", "path", "store"])
+def test_a_damaged_checkpoint_to_begin_with_is_named_with_what_to_do(here: Here, how: str) -> None:
+    here.said("--checkpoint-to", here.kept)
+    step = open_store(here.kept).steps()[-1]
+    path = here.kept / f"{step:020d}"
+    (path / "model.pt").write_bytes(b"")
+    name = {"latest": "latest", "step": step, "path": path, "store": here.kept}[how]
+    assert here.run("--from-checkpoint", name, "--set", f"checkpoint.url={here.kept}") == 65
+    where = path if how == "path" else f"the checkpoint of step {step} in {here.kept}"
+    assert f"{where} is bad: model.pt has 0 bytes" in (said := here.capsys.readouterr().err)
+    assert "take an older ID (`streamlstm checkpoint list`" in said
+
+
 def test_a_state_of_another_shape_is_a_matter_of_configuration(here: Here) -> None:
     here.said("--checkpoint-to", here.kept)
     assert here.run("--from-checkpoint", here.kept, "--set", "model.hidden_size=3") == 78
