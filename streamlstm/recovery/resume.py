@@ -6,7 +6,6 @@ same again and ends in the same state.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing
 from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple, Protocol
 
@@ -25,7 +24,7 @@ from streamlstm.recovery.branching import commit_record, describe_branch
 from streamlstm.recovery.checkpoint import CheckpointStore, Refused
 from streamlstm.recovery.fingerprint import Fingerprint, compare_fingerprints
 from streamlstm.recovery.generations import Generation, Loaded, NewerSchema, Provenance, Settings
-from streamlstm.recovery.joining import Computed, compute_together, fetch_ahead, join_steps
+from streamlstm.recovery.joining import Computed, compute_together, join_steps
 from streamlstm.recovery.making import EngineMaker, Steppable
 from streamlstm.recovery.progress import (
     Chain,
@@ -628,15 +627,15 @@ def _replay(
     """The engine after the last recorded step, and how many messages were read for that."""
     newest, records = Repetition(world.repeat, chain, generation), 0
     seek_to_replay(world.source, chain, generation, excluded)
-    joined = join_steps(chain.to_replay(generation.step), alone=newest.wants)
-    with closing(fetch_ahead(joined, lambda cut: _read(world, terms, cut), world.decode, excluded)) as fetched:
-        for inputs in fetched:
-            done = compute_together(segments.engine_for(inputs.steps[0]), inputs)
-            if compare:
-                _compare(done)
-            newest.add(done.steps[-1], done.report, done.used)
-            records += done.read
-            witness.replayed(done.steps[-1].number, chain.last_step)
+    for joined in join_steps(chain.to_replay(generation.step), alone=newest.wants):
+        done = compute_together(
+            segments.engine_for(joined[0]), joined, lambda cut: _read(world, terms, cut), world.decode, excluded
+        )
+        if compare:
+            _compare(done)
+        newest.add(joined[-1], done.report, done.used)
+        records += done.read
+        witness.replayed(joined[-1].number, chain.last_step)
     newest.publish(witness.repeated, rebased=not compare)
     return segments.engine_under(terms.settings.learning), records
 
