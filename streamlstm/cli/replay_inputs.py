@@ -10,7 +10,7 @@ import click
 from streamlstm import __version__
 from streamlstm.cli.asked import Asked
 from streamlstm.cli.delivery import progress_log
-from streamlstm.config.keys import changed, identity_values
+from streamlstm.config.keys import identity_values, tell_changes
 from streamlstm.config.model import Config
 from streamlstm.errors import CheckpointError, ConfigError, LogGap, ProgressError, TopicChanged
 from streamlstm.records.batch import Messages, Range, RecordBatch
@@ -212,7 +212,7 @@ def open_named(config: Config, name: str) -> Generator[Loaded, None, None]:
     if name.isdigit() or not path.exists():
         yield load_of(open_store(config.checkpoint.url), name)
     elif path.is_dir() and not (path / MANIFEST).exists():
-        yield load_of(open_store(path), LATEST)
+        yield load_of(open_store(path, setting="--from-checkpoint"), LATEST)
     else:
         with open_outside(path) as outside:
             yield load_outside(outside, name)
@@ -292,9 +292,8 @@ def _span(config: Config, deadline: Deadline, begun: Begun | None, base: Generat
         return chain, span
     if base:
         made = base.provenance
-        keys = changed(made.settings.identity, identity_values(config))
-        if keys:
-            raise ConfigError(f"the checkpoint of step {base.step} was made with other values of {', '.join(keys)}")
+        if told := tell_changes(made.settings.identity, identity_values(config)):
+            raise ConfigError(f"since the checkpoint of step {base.step} {told}; set them back to replay what follows")
         chain = _read_from(config, deadline, made.progress)
         if reason := why_not_on(chain, base):
             raise CheckpointError(f"no recorded step follows the checkpoint of step {base.step}: {reason}")

@@ -137,7 +137,7 @@ def _open_store(stack: ExitStack, config: Config, asked: Asked, disk: Disk) -> C
         return None
     if asked.checkpoint_to.absolute() == Path(config.checkpoint.url).absolute():
         raise click.UsageError("--checkpoint-to: this is where the service keeps its state (checkpoint.url)")
-    store = open_store(asked.checkpoint_to, disk).open()
+    store = open_store(asked.checkpoint_to, disk, "--checkpoint-to").open()
     stack.callback(store.close)
     if not asked.resume and (store.steps() or store.bad()):
         raise click.UsageError(

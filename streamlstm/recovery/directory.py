@@ -21,7 +21,7 @@ from typing import BinaryIO
 from streamlstm.errors import CheckpointError, Temporary
 from streamlstm.recovery.disk import Disk
 from streamlstm.recovery.generations import MANIFEST
-from streamlstm.recovery.place import name_of, step_of_bad
+from streamlstm.recovery.place import CHECKPOINT_URL, name_of, step_of_bad
 
 _LOCK = "lock"
 _GENERATION = re.compile(r"\d{20}")
@@ -35,8 +35,8 @@ class Directory:
 
     needs = "a directory this user can write, in one that exists"
 
-    def __init__(self, path: Path, disk: Disk | None = None) -> None:
-        self.directory = path
+    def __init__(self, path: Path, disk: Disk | None = None, setting: str = CHECKPOINT_URL) -> None:
+        self.directory, self.setting = path, setting
         self._disk = disk or Disk()
         self._lock: int | None = None
         self._attempts = 0
@@ -132,7 +132,7 @@ class Directory:
             holder = os.read(fd, 32).decode(errors="replace").strip()
             self.close()
             raise Temporary(
-                f"checkpoint.url: {self.directory} is in use by another process"
+                f"{self.setting}: {self.directory} is in use by another process"
                 f"{f' (pid {holder})' if holder.isdigit() else ''}; it holds the lock until it ends"
             ) from error
         os.ftruncate(fd, 0)

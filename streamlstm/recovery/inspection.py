@@ -59,7 +59,7 @@ def list_generations(store: CheckpointStore) -> list[Listed]:
 def none_there(store: CheckpointStore) -> str:
     """What to say of a store without a generation. A directory that does not exist may be a mistyped one."""
     if store.directory is not None and not store.directory.exists():
-        return f"no checkpoint: {store.name} does not exist; is checkpoint.url right?"
+        return f"no checkpoint: {store.name} does not exist; is {store.setting} right?"
     return f"no checkpoint in {store.name}"
 
 

@@ -6,6 +6,9 @@ from typing import Protocol
 
 from streamlstm.recovery.generations import Files
 
+CHECKPOINT_URL = "checkpoint.url"
+"""The key that names the service's place."""
+
 
 class Draft(Protocol):
     """A file that is being written. It counts only once :meth:`sync` has returned."""
@@ -62,6 +65,11 @@ class Place(Protocol):
     @property
     def directory(self) -> Path | None:
         """Where it is one of this machine."""
+        ...
+
+    @property
+    def setting(self) -> str:
+        """The key or the option by which the operator named it."""
         ...
 
     @property

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
-from streamlstm.config.keys import changed
+from streamlstm.config.keys import tell_changes
 from streamlstm.errors import CheckpointError, ConfigError, ProgressError
 from streamlstm.records.batch import Cut, Messages
 from streamlstm.recovery.checkpoint import CheckpointStore, Refused
@@ -195,10 +195,8 @@ def _recompute(
 
 
 def _check_settings(then: Mapping[str, object], now: Mapping[str, object]) -> None:
-    keys = changed(then, now)
-    if keys:
-        told = ", ".join(f"{key} (was {then.get(key)!r}, is {now.get(key)!r})" for key in keys)
-        raise ConfigError(f"the steps were computed under another configuration, set it back: {told}")
+    if told := tell_changes(then, now):
+        raise ConfigError(f"{told}; the steps can be computed again only as they were: set them back")
 
 
 def _generations(store: CheckpointStore, chain: Chain, after: int, last: int) -> Sequence[int]:

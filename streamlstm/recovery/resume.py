@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple, Protocol
 
-from streamlstm.config.keys import changed, hash_values
+from streamlstm.config.keys import changed, hash_values, tell_changes
 from streamlstm.errors import (
     CheckpointError,
     ConfigError,
@@ -355,13 +355,10 @@ def _check_name(generation: Generation, where: str, name: str) -> None:
 
 
 def _check_identity(generation: Generation, settings: Settings) -> None:
-    keys = changed(generation.provenance.settings.identity, settings.identity)
-    if keys:
-        was = generation.provenance.settings.identity
-        told = ", ".join(f"{key} (was {was.get(key)!r}, is {settings.identity.get(key)!r})" for key in keys)
+    if told := tell_changes(generation.provenance.settings.identity, settings.identity):
         raise ConfigError(
-            f"keys that the state hangs on were changed: {told}; set them back, start anew with `run --fresh`, or give "
-            "the changed deployment a name, output topics and a checkpoint.url of its own"
+            f"{told}; the state hangs on them: set them back, start anew with `run --fresh`, or give the changed "
+            "deployment a name, output topics and a checkpoint.url of its own"
         )
 
 
@@ -582,11 +579,10 @@ def _steps_to_replay(chain: Chain, generation: Generation, settings: Settings) -
     if pending:
         # One that was trimmed away, or lies before the checkpoint, is the one that wrote it.
         newest = chain.incarnations[-1][1].learning if chain.incarnations else generation.provenance.settings.learning
-        if keys := changed(newest, settings.learning):
-            told = ", ".join(f"{key}: {newest.get(key)!r}" for key in keys)
+        if told := tell_changes(newest, settings.learning):
             raise ConfigError(
-                f"learning keys were changed, but {len(pending)} steps since the last checkpoint must be replayed with "
-                f"{told}; start once with these, stop with SIGTERM, and change them then"
+                f"{told}; but {len(pending)} steps since the last checkpoint must be replayed with them as they were: "
+                "set them back, start, stop with SIGTERM, and change them then"
             )
     return pending
 

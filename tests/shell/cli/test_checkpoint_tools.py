@@ -310,7 +310,7 @@ def test_a_damaged_one_is_not_gone_back_to(capsys, config, tmp_path):
 
 def test_one_of_another_configuration_is_refused_with_what_was_changed(capsys, config, tmp_path):
     said = refused(capsys, 78, "restore", "3", "-c", config, "--set", "model.hidden_size=8")
-    assert "model.hidden_size was 64" in said
+    assert "since the checkpoint of step 3 keys were changed: model.hidden_size (was 64, is 8); set them back" in said
     assert steps(tmp_path) == [0, 3, 7]
 
 
