@@ -219,7 +219,8 @@ def export(loaded: "Loaded", ident: str, *, out: Path) -> None:
     """
     Write one checkpoint as an uncompressed tar, which `restore` takes.
 
-    It appears only once it is whole and was read back. A running service is not disturbed.
+    It appears only once it is whole and was read back; exit 74 when it cannot be written. A running service is not
+    disturbed.
     """
     from streamlstm.cli import stored  # noqa: PLC0415, because of what this module says first
 

@@ -296,7 +296,10 @@ def _span(config: Config, deadline: Deadline, begun: Begun | None, base: Generat
             raise ConfigError(f"since the checkpoint of step {base.step} {told}; set them back to replay what follows")
         chain = _read_from(config, deadline, made.progress)
         if reason := why_not_on(chain, base):
-            raise CheckpointError(f"no recorded step follows the checkpoint of step {base.step}: {reason}")
+            raise CheckpointError(
+                f"no recorded step follows the checkpoint of step {base.step}: {reason}; take another one "
+                "(`streamlstm checkpoint list` names those that are there)"
+            )
         return chain, _Span(
             link=made.progress,
             after=base.step,

@@ -138,7 +138,7 @@ def _open_store(stack: ExitStack, config: Config, asked: Asked, disk: Disk) -> C
     if asked.checkpoint_to.absolute() == Path(config.checkpoint.url).absolute():
         raise click.UsageError("--checkpoint-to: this is where the service keeps its state (checkpoint.url)")
     store = open_store(asked.checkpoint_to, disk, "--checkpoint-to").open()
-    stack.callback(store.close)
+    stack.callback(store.leave)
     if not asked.resume and (store.steps() or store.bad()):
         raise click.UsageError(
             f"--checkpoint-to: {asked.checkpoint_to} holds checkpoints; add --resume to go on from them, or name an "

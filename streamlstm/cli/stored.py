@@ -143,7 +143,7 @@ def restore(loaded: Loaded, what: str, *, dry_run: bool, as_json: bool) -> None:
     store = open_for_reading(loaded.config)
     rules = Rules(Settings.of(loaded.config), trims=loaded.config.sink.progress.trim)
     with ExitStack() as stack:
-        stack.callback(store.close)
+        stack.callback(store.leave)
         done = go_back(store, what, rules, dry_run=dry_run)
     step = done.generation.step
     if as_json:
@@ -174,7 +174,7 @@ def prune(loaded: Loaded, *, dry_run: bool, as_json: bool) -> None:
     store = open_for_reading(loaded.config)
     keep = Keep(loaded.config.checkpoint.keep.last, loaded.config.checkpoint.keep.daily)
     with ExitStack() as stack:
-        stack.callback(store.close)
+        stack.callback(store.leave)
         if not dry_run and store.steps():
             store.open()
         going = store.surplus(keep)
@@ -198,8 +198,11 @@ def export(loaded: Loaded, ident: str, out: Path) -> None:
     """``checkpoint export``."""
     store = open_for_reading(loaded.config)
     step = step_of(store, ident)
-    with blaming(f"the checkpoint of step {step} in {store.name}"):
-        generation = write_archive(store, step, out)
+    try:
+        with blaming(f"the checkpoint of step {step} in {store.name}"):
+            generation = write_archive(store, step, out)
+    except FileExistsError as error:
+        raise click.BadParameter(f"{out} exists: name another file, or remove it", param_hint="--out") from error
     click.echo(f"{out}: the checkpoint of step {generation.step}, {out.stat().st_size:,} bytes, read back and whole")
     suggest(f"streamlstm checkpoint restore {out} -c {loaded.file} --dry-run")
 

@@ -5,6 +5,7 @@ It appears whole or not at all, and only after what is on the disk was read back
 the same bytes.
 """
 
+import errno
 import os
 import tarfile
 from collections.abc import Generator, Mapping
@@ -12,7 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import IO, NamedTuple, cast
 
-from streamlstm.errors import CheckpointError, StreamlstmError
+from streamlstm.errors import CheckpointError, CheckpointNotWritten
 from streamlstm.recovery.checkpoint import CheckpointStore
 from streamlstm.recovery.directory import DirectoryFiles
 from streamlstm.recovery.disk import Disk
@@ -69,11 +70,11 @@ def export(store: CheckpointStore, step: int, out: Path, disk: Disk | None = Non
     Write a generation to ``out``, which must not exist, and check what was written.
 
     Raises :class:`~streamlstm.errors.CheckpointError` when the generation is bad, or was pruned meanwhile by a running
-    service; :class:`~streamlstm.errors.StreamlstmError` when the file cannot be written.
+    service; :class:`~streamlstm.errors.CheckpointNotWritten` when the file cannot be written, and ``FileExistsError``.
     """
     disk = disk or Disk()
     if out.exists() or out.is_symlink():
-        raise StreamlstmError(f"{out} exists: name another file, or remove it")
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(out))
     temporary = out.with_name(f".{out.name}.tmp-{os.getpid()}")
     try:
         with disk.create(temporary) as file:
@@ -85,7 +86,9 @@ def export(store: CheckpointStore, step: int, out: Path, disk: Disk | None = Non
         disk.rename(temporary, out)
         disk.sync_directory(out.parent)
     except OSError as error:
-        raise StreamlstmError(f"cannot write {out}: {error.strerror or error}") from error
+        raise CheckpointNotWritten(
+            f"cannot write {out}: {error.strerror or error}; look at the disk, or name a file elsewhere"
+        ) from error
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)

@@ -145,6 +145,10 @@ class CheckpointStore:
         """Let go of the place."""
         self._place.close()
 
+    def leave(self) -> None:
+        """Let go of the place; where :meth:`open` made it and nothing was written, it is as if it had never been."""
+        self._place.leave()
+
     def steps(self) -> list[int]:
         """
         The generations that are there, whole or not, oldest first.

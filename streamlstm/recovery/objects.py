@@ -151,6 +151,10 @@ class ObjectPrefix:
         """See :class:`~streamlstm.recovery.place.Place`."""
         self._opened = False
 
+    def leave(self) -> None:
+        """See :class:`~streamlstm.recovery.place.Place`. A bucket is made by nobody here."""
+        self.close()
+
     def steps(self) -> list[int]:
         """See :class:`~streamlstm.recovery.place.Place`."""
         with self.reading():

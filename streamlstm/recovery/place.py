@@ -85,6 +85,10 @@ class Place(Protocol):
         """Let go of it."""
         ...
 
+    def leave(self) -> None:
+        """Let go of it, and leave nothing behind where :meth:`open` made it and nothing has come to be in it."""
+        ...
+
     def steps(self) -> list[int]:
         """The generations that are there, whole or not, oldest first."""
         ...

@@ -6,7 +6,7 @@ is compared is all that the chain says (the digest of what each step gave) and a
 training and series of each generation that lies on the way).
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
@@ -21,7 +21,7 @@ from streamlstm.recovery.making import EngineMaker, Steppable
 from streamlstm.recovery.progress import Chain, RecordedStep
 from streamlstm.recovery.resume import Decode, seek_to_replay
 from streamlstm.recovery.segments import Segments
-from streamlstm.recovery.standing import why_not_on
+from streamlstm.recovery.standing import steps_on, why_not_on
 from streamlstm.transport.interfaces import LiveSource
 
 
@@ -152,7 +152,7 @@ def prove(
     """
     loaded = bench.store.load(generation.step)
     verdict = Verdict(generation.step, last)
-    on_the_way = set(_generations(bench.store, chain, generation.step, last))
+    on_the_way = {step for step in steps_on(chain, bench.store) if generation.step < step <= last}
     for engine, done in _recompute(bench, chain, loaded, last, on_the_way):
         verdict.steps += len(done.steps)
         verdict.messages += done.read
@@ -197,19 +197,6 @@ def _recompute(
 def _check_settings(then: Mapping[str, object], now: Mapping[str, object]) -> None:
     if told := tell_changes(then, now):
         raise ConfigError(f"{told}; the steps can be computed again only as they were: set them back")
-
-
-def _generations(store: CheckpointStore, chain: Chain, after: int, last: int) -> Sequence[int]:
-    """Those between, that are whole as far as their JSON files say and on the chain."""
-    found: list[int] = []
-    for step in store.steps():
-        if after < step <= last:
-            try:
-                if why_not_on(chain, store.header(step).generation) is None:
-                    found.append(step)
-            except (CheckpointError, OSError, ProgressError):
-                continue
-    return found
 
 
 def _compare_state(store: CheckpointStore, engine: Steppable, step: RecordedStep, verdict: Verdict) -> None:

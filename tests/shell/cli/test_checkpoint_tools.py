@@ -224,8 +224,16 @@ def test_exporting_twice_gives_the_same_bytes_and_never_overwrites(capsys, confi
     run(capsys, "export", "7", "-c", config, "--out", str(one))
     run(capsys, "export", "7", "-c", config, "--out", str(two))
     assert one.read_bytes() == two.read_bytes()
-    assert "exists" in refused(capsys, 1, "export", "3", "-c", config, "--out", str(one))
+    said = " ".join(refused(capsys, 2, "export", "3", "-c", config, "--out", str(one)).split())
+    assert "'--out'" in said or "--out:" in said
+    assert "exists: name another file, or remove it" in said
     assert one.read_bytes() == two.read_bytes()
+
+
+def test_an_export_that_cannot_be_written_is_a_matter_of_the_disk(capsys, config, tmp_path):
+    out = tmp_path / "missing" / "x.tar"
+    said = refused(capsys, 74, "export", "7", "-c", config, "--out", str(out))
+    assert f"cannot write {out}: No such file or directory; look at the disk, or name a file elsewhere" in said
 
 
 def test_a_damaged_checkpoint_is_not_exported(capsys, config, tmp_path):
