@@ -362,10 +362,12 @@ def _admit_gap(chain: Chain, entry: ProgressEntry, record: Gap) -> None:
         _refuse(entry, f"a gap after step {record.after}, but the last one is {chain.last_step}")
     chain.last_step = record.after
     for r in record.ranges:
-        at = chain.positions.get((r.topic, r.partition), r.end if chain.trimmed else -1)
-        if r.end <= r.start or (at < r.start):
+        at = chain.positions.get((r.topic, r.partition), None if chain.trimmed else -1)
+        if r.end <= r.start or (at is not None and at < r.start):
             _refuse(entry, f"a gap from {r.start} to {r.end} of {r.topic}-{r.partition}, which was read up to {at}")
-        chain.positions[r.topic, r.partition] = max(at, r.end)
+        # Recorded steps that lack something may have read on behind it, and be trimmed away.
+        if at is not None or record.checkpoint == record.after:
+            chain.positions[r.topic, r.partition] = max(at or 0, r.end)
     chain.drop_ends(record.checkpoint)
     chain.gaps.append(record)
 

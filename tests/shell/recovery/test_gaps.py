@@ -153,6 +153,19 @@ def test_recorded_steps_are_replayed_without_what_is_gone_and_published_no_more(
     process.store.close()
 
 
+def test_a_chain_trimmed_up_to_a_gap_in_recorded_steps_goes_on(tmp_path):
+    """These read on behind the gap, and are gone from the chain: nobody can tell from the gap up to where."""
+    broker, state, _ = replaying(tmp_path)
+    Process(broker, state, pace=KEEP_ALL, on_gap="skip").run()
+    kept = list(broker.progress)
+    (first,) = [at for at, entry in enumerate(kept) if isinstance(decode_record(entry), Gap)]
+
+    chain = read_chain(kept[first:], "n")
+
+    assert chain.last_step == read_chain(kept, "n").last_step
+    assert chain.positions == read_chain(kept, "n").positions
+
+
 def test_two_resumes_over_the_same_gap_give_the_same_bits(tmp_path):
     ends = []
     for name, kills in (("a", 0), ("b", 1), ("c", 2)):
