@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 
 import pyarrow as pa
 import pyarrow.fs as pafs
-from fakes import Crash
+from fakes import Crash, Fate
 
 from streamlstm.recovery.checkpoint import CheckpointStore
-from streamlstm.recovery.objects import ObjectPrefix
+from streamlstm.recovery.objects import Caller, ObjectPrefix
 
 
 @dataclass
@@ -28,7 +28,7 @@ class Trouble:
     dead: bool = False
     release: threading.Event = field(default_factory=threading.Event)
 
-    def point(self) -> None:
+    def point(self, what: str = "") -> None:
         if self.dead:
             raise Crash
         here = self.calls
@@ -51,8 +51,12 @@ class Trouble:
 class MemoryBucket(pafs.FileSystemHandler):
     """One process's view of ``objects``, which live on."""
 
-    def __init__(self, objects: dict[str, bytes], trouble: Trouble | None = None) -> None:
+    def __init__(self, objects: dict[str, bytes], trouble: Trouble | Fate | None = None) -> None:
         self.objects, self.trouble = objects, trouble or Trouble()
+
+    def part_of(self, data: bytes) -> bytes | None:
+        """What is there of an object whose upload failed; ``None``: nothing."""
+        return None
 
     def get_type_name(self) -> str:
         return "memory"
@@ -61,7 +65,7 @@ class MemoryBucket(pafs.FileSystemHandler):
         return path
 
     def get_file_info(self, paths: list[str]) -> list[pafs.FileInfo]:
-        self.trouble.point()
+        self.trouble.point("look at objects")
         return [self._info(path) for path in paths]
 
     def _info(self, path: str) -> pafs.FileInfo:
@@ -71,26 +75,26 @@ class MemoryBucket(pafs.FileSystemHandler):
         return pafs.FileInfo(path, pafs.FileType.Directory if there else pafs.FileType.NotFound)
 
     def get_file_info_selector(self, selector: pafs.FileSelector) -> list[pafs.FileInfo]:
-        self.trouble.point()
+        self.trouble.point("list objects")
         start = f"{selector.base_dir}/"
         found = [name for name in self.objects if name.startswith(start)]
         return [self._info(name) for name in found if selector.recursive or "/" not in name[len(start) :]]
 
     def delete_file(self, path: str) -> None:
-        self.trouble.point()
+        self.trouble.point(f"delete {path}")
         if path not in self.objects:
             raise FileNotFoundError(errno.ENOENT, path)
         del self.objects[path]
-        self.trouble.point()
+        self.trouble.point(f"delete {path}, done")
 
     def delete_dir(self, path: str) -> None:
         for name in [name for name in self.objects if name.startswith(f"{path}/")]:
-            self.trouble.point()
+            self.trouble.point(f"delete {name}")
             del self.objects[name]
-        self.trouble.point()
+        self.trouble.point(f"delete {path}, done")
 
     def open_input_stream(self, path: str) -> pa.NativeFile:
-        self.trouble.point()
+        self.trouble.point(f"open {path}")
         if path not in self.objects:
             raise FileNotFoundError(errno.ENOENT, path)
         return pa.PythonFile(_Reading(self, self.objects[path]), mode="r")
@@ -98,15 +102,15 @@ class MemoryBucket(pafs.FileSystemHandler):
     open_input_file = open_input_stream
 
     def open_output_stream(self, path: str, metadata: object) -> pa.NativeFile:
-        self.trouble.point()
+        self.trouble.point(f"begin {path}")
         return pa.PythonFile(_Writing(self, path), mode="w")
 
     def copy_file(self, src: str, dest: str) -> None:
-        self.trouble.point()
+        self.trouble.point(f"copy {src} to {dest}")
         if src not in self.objects:
             raise FileNotFoundError(errno.ENOENT, src)
         self.objects[dest] = self.objects[src]
-        self.trouble.point()
+        self.trouble.point(f"copy {src} to {dest}, done")
 
     def _no(self, *_: object) -> None:
         raise NotImplementedError
@@ -120,7 +124,7 @@ class _Reading(io.BytesIO):
         self.bucket = bucket
 
     def read(self, size: int | None = -1) -> bytes:
-        self.bucket.trouble.point()
+        self.bucket.trouble.point("read")
         return super().read(size)
 
 
@@ -132,21 +136,29 @@ class _Writing(io.BytesIO):
         self.bucket, self.path = bucket, path
 
     def write(self, data: object) -> int:
-        self.bucket.trouble.point()
+        self.bucket.trouble.point(f"send a part of {self.path}")
         return super().write(data)
 
     def close(self) -> None:
         if not self.closed:
             data = self.getvalue()
             super().close()
-            self.bucket.trouble.point()
+            try:
+                self.bucket.trouble.point(f"finish {self.path}")
+            except BaseException:
+                part = self.bucket.part_of(data)
+                if part is not None:
+                    self.bucket.objects[self.path] = part
+                raise
             self.bucket.objects[self.path] = data
-            self.bucket.trouble.point()
+            self.bucket.trouble.point(f"finish {self.path}, done")
 
 
-def object_store(objects: dict[str, bytes], trouble: Trouble | None = None, limit_s: float = 20.0) -> CheckpointStore:
+def object_store(
+    objects: dict[str, bytes], trouble: Trouble | Fate | None = None, limit_s: float = 20.0
+) -> CheckpointStore:
     """A store over these objects, as one process sees it."""
     bucket = MemoryBucket(objects, trouble)
     return CheckpointStore(
-        ObjectPrefix("s3://bucket/prefix", "bucket/prefix", lambda: pafs.PyFileSystem(bucket), limit_s)
+        ObjectPrefix("s3://bucket/prefix", "bucket/prefix", lambda: pafs.PyFileSystem(bucket), Caller(limit_s))
     )

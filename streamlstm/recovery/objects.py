@@ -29,7 +29,7 @@ import threading
 from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager, suppress
 from datetime import timedelta
-from typing import NamedTuple, NoReturn, TypeVar
+from typing import NamedTuple, NoReturn, Protocol, TypeVar
 
 import pyarrow as pa
 import pyarrow.fs as pafs
@@ -37,7 +37,7 @@ import pyarrow.fs as pafs
 from streamlstm.config.urls import ObjectUrl
 from streamlstm.errors import CheckpointError, ConfigError, StreamlstmError, Temporary
 from streamlstm.recovery.generations import MANIFEST, digest_manifest, parse_manifest
-from streamlstm.recovery.place import CHECKPOINT_URL, name_of, step_of_bad
+from streamlstm.recovery.place import name_of, step_of_bad
 from streamlstm.transport.deadline import underway
 
 LIMIT_S = 28.0
@@ -65,7 +65,6 @@ _NO_BUCKET = re.compile(r"NO_SUCH_BUCKET")
 _SETUP = {errno.EACCES, errno.EPERM, errno.ENOENT}
 
 _T = TypeVar("_T")
-_Line = queue.SimpleQueue[Callable[[], None]]
 
 
 def connect(url: ObjectUrl) -> pafs.FileSystem:
@@ -119,15 +118,14 @@ class ObjectPrefix:
     """A :class:`~streamlstm.recovery.place.Place` in an object store. ``root`` is ``bucket/prefix``."""
 
     directory = None
-    setting = CHECKPOINT_URL
     needs = "a bucket that exists, in which the credentials found here may list, read, write and delete"
 
     def __init__(
-        self, name: str, root: str, connector: Callable[[], pafs.FileSystem], limit_s: float = LIMIT_S
+        self, name: str, root: str, connector: Callable[[], pafs.FileSystem], caller: "Caller | None" = None
     ) -> None:
         self.name = name
         self._root, self._connector = root, connector
-        self._caller = _Caller(limit_s)
+        self._caller = caller or Caller()
         self._filesystem: pafs.FileSystem | None = None
         self._opened = False
         self._known: dict[int, set[str]] = {}
@@ -150,10 +148,6 @@ class ObjectPrefix:
     def close(self) -> None:
         """See :class:`~streamlstm.recovery.place.Place`."""
         self._opened = False
-
-    def leave(self) -> None:
-        """See :class:`~streamlstm.recovery.place.Place`. A bucket is made by nobody here."""
-        self.close()
 
     def steps(self) -> list[int]:
         """See :class:`~streamlstm.recovery.place.Place`."""
@@ -380,7 +374,7 @@ class ObjectFiles:
 class Upload:
     """An object that is being written. See :class:`~streamlstm.recovery.place.Draft`."""
 
-    def __init__(self, caller: "_Caller", stream: pa.NativeFile) -> None:
+    def __init__(self, caller: "Caller", stream: pa.NativeFile) -> None:
         self._caller, self._stream = caller, stream
         self._line = caller.line
         self._over = False
@@ -435,19 +429,27 @@ class _Bytes:
         return taken
 
 
-class _Caller:
+class Line(Protocol):
+    """Calls, one after the other."""
+
+    def put(self, item: Callable[[], None], /) -> None:
+        """One more, behind the others; nobody waits for it."""
+        ...
+
+
+class Caller:
     """
     Makes calls in a thread of its own, so that waiting has an end.
 
     A call that is not over by then is left to itself, with its thread; the next one gets a new thread.
     """
 
-    def __init__(self, limit_s: float) -> None:
+    def __init__(self, limit_s: float = LIMIT_S) -> None:
         self._limit_s = limit_s
-        self._line: _Line | None = None
+        self._line: queue.SimpleQueue[Callable[[], None]] | None = None
 
     @property
-    def line(self) -> "_Line":
+    def line(self) -> "Line":
         """Whoever makes the calls now, in order."""
         if self._line is None:
             self._line = queue.SimpleQueue()
@@ -456,6 +458,15 @@ class _Caller:
 
     def call(self, work: Callable[[], _T]) -> _T:
         """What ``work`` returns. Raises ``OSError`` with an ``errno`` for whatever the store says."""
+        outcome = self.outcome(work)
+        if outcome is None:
+            raise OSError(errno.ETIMEDOUT, f"the store did not answer within {self._limit_s:g} s")
+        if isinstance(outcome, BaseException):
+            raise _as_os_error(outcome) from outcome
+        return outcome[0]
+
+    def outcome(self, work: Callable[[], _T]) -> tuple[_T] | BaseException | None:
+        """What ``work`` returns or raises; ``None`` when that takes too long."""
         done: queue.SimpleQueue[tuple[_T] | BaseException] = queue.SimpleQueue()
 
         def run() -> None:
@@ -466,16 +477,13 @@ class _Caller:
 
         self.line.put(run)
         try:
-            outcome = done.get(timeout=self._limit_s)
+            return done.get(timeout=self._limit_s)
         except queue.Empty:
             self._line = None
-            raise OSError(errno.ETIMEDOUT, f"the store did not answer within {self._limit_s:g} s") from None
-        if isinstance(outcome, BaseException):
-            raise _as_os_error(outcome) from outcome
-        return outcome[0]
+            return None
 
 
-def _serve(line: _Line) -> None:
+def _serve(line: queue.SimpleQueue[Callable[[], None]]) -> None:
     while True:
         call = line.get()
         with suppress(BaseException), underway():  # what an upload that nobody waits for says at its end
@@ -501,7 +509,7 @@ def _as_os_error(error: BaseException) -> BaseException:
 
 
 def _cannot_read(name: str, error: OSError) -> NoReturn:
-    what = f"{CHECKPOINT_URL}: {name}: {error.strerror or error}"
+    what = f"checkpoint.url: {name}: {error.strerror or error}"
     if error.errno in _SETUP | {errno.ENOTDIR}:
         raise ConfigError(what) from error
     raise Temporary(f"{what}; the store did not let itself be read, which says nothing about what is in it") from error
