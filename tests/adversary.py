@@ -127,6 +127,11 @@ class Adversary(Disk):
         self.inodes[old.parent].pending.append(("move", old.name, new.name, inode))
         self._did()
 
+    def link(self, old: Path, new: Path) -> None:
+        super().link(old, new)
+        self._named(new, self.inodes[old])
+        self._did()
+
     def remove_tree(self, path: Path) -> None:
         super().remove_tree(path)
         self.inodes[path.parent].pending.append(("remove", path.name))
@@ -170,9 +175,18 @@ def change_in_part(content: bytearray, operation: tuple, rng: random.Random) -> 
             content[first:last] = data[first - at : last - at]
 
 
-def leave(inode: Inode, path: Path, rng: random.Random) -> None:
-    """Put on a real disk one of the things that may be there after the power came back."""
+def leave(inode: Inode, path: Path, rng: random.Random, left: dict[int, Path] | None = None) -> None:
+    """
+    Put on a real disk one of the things that may be there after the power came back.
+
+    A file with two names is one file: ``left`` are those that were put there under another.
+    """
+    left = {} if left is None else left
+    if id(inode) in left:
+        os.link(left[id(inode)], path)
+        return
     if inode.names is None:
+        left[id(inode)] = path
         content = bytearray(inode.kept)
         for operation in inode.pending:
             change_in_part(content, operation, rng)
@@ -184,11 +198,12 @@ def leave(inode: Inode, path: Path, rng: random.Random) -> None:
         if rng.random() < 0.5:
             apply(names, operation)
     for name, child in names.items():
-        leave(child, path / name, rng)
+        leave(child, path / name, rng, left)
 
 
-def model(path: Path) -> Inode:
+def model(path: Path, known: dict[int, Inode] | None = None) -> Inode:
     """A directory that is safely on the disk."""
+    known = {} if known is None else known
     if path.is_dir():
-        return Inode(names={child.name: model(child) for child in path.iterdir()})
-    return Inode(kept=bytearray(path.read_bytes()))
+        return Inode(names={child.name: model(child, known) for child in path.iterdir()})
+    return known.setdefault(path.stat().st_ino, Inode(kept=bytearray(path.read_bytes())))
