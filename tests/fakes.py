@@ -52,7 +52,8 @@ class Fate:
     calls: int = 0
     dead: bool = False
 
-    def point(self) -> None:
+    def point(self, what: str = "") -> None:
+        """A call to the world."""
         if self.dead:
             raise Crash
         self.calls += 1
@@ -597,7 +598,6 @@ class Process:
         )
         self.terms = Terms(settings, start, fingerprint(cpu), on_mismatch, 1.0, on_gap, fresh, rebuild)
         self.pace, self.keep = pace, keep
-        self.encoder: Encode = TinyEncoder()
         self.ready: Ready | None = None
         self.daemon: Daemon | None = None
 
@@ -611,13 +611,17 @@ class Process:
             self.terms,
             self.ready,
             self.pace,
-            self.encoder,
+            self.encoder_for(self.ready),
             self.watching,
             self.journal,
             self.stop,
             self.writer(),
         )
         return self.ready
+
+    def encoder_for(self, ready: Ready) -> Encode:
+        """What this session publishes with."""
+        return TinyEncoder()
 
     def writer(self) -> BackgroundWriter:
         """Writes at once, in the loop's own thread."""

@@ -85,14 +85,9 @@ class FileSource:
         """
         for path, was, now in zip(self._paths, digests, self.file_digests(), strict=False):
             if was != now:
-                raise DataError(
-                    f"{path} is not what it was: its rows up to where reading goes on were changed; give it as it was, "
-                    "or begin again with another --checkpoint-to"
-                )
+                raise DataError(f"{path} is not what it was: its rows up to where reading goes on were changed")
         if len(self._paths) < len(digests):
-            raise DataError(
-                f"{len(digests)} files were read, and {len(self._paths)} are given: give them all, in the same order"
-            )
+            raise DataError(f"{len(digests)} files were read, and {len(self._paths)} are given")
 
     def poll(self, max_records: int, timeout_s: float) -> Messages | None:  # noqa: ARG002, because files never wait
         """The next rows, or ``None`` after the last one."""

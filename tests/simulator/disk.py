@@ -18,8 +18,11 @@ from typing import BinaryIO
 
 from simulator.weather import Weather
 from streamlstm.recovery.disk import Disk
+from streamlstm.recovery.stored import SCRATCH
 
 _SECTOR_BYTES = 512
+_NO_STATE = {"lock", SCRATCH}
+"""What nobody expects to be there after the power came back."""
 
 
 @dataclass(eq=False)
@@ -91,20 +94,18 @@ class Kernel:
         """An fsync failed: the pages are called clean and are gone; a directory's journal is what it was."""
         if inode.names is None:
             for at, what in inode.pending:
-                if at == "cut":
-                    inode.lost = {byte for byte in inode.lost if byte < what}
-                else:
+                if at != "cut":
                     inode.lost.update(range(at, at + len(what)))
             inode.pending.clear()
 
     def power_cut(self, rng: random.Random) -> None:
         """Everything that was not safe comes or goes as it likes, and what is there then is all there is."""
         shutil.rmtree(self.root)
-        self.tree = _leave(self.tree, self.root, rng)
+        self.tree = _leave(self.tree, self.root, rng, {})
 
     def adopt(self) -> None:
         """What was put there by other hands is safe."""
-        self.tree = _model(self.root)
+        self.tree = _model(self.root, {})
 
 
 def _put(held: bytearray, operation: tuple) -> None:
@@ -135,8 +136,16 @@ def _apply(names: dict[str, Inode], operation: tuple) -> None:
         names[operation[2]] = operation[3]
 
 
-def _leave(inode: Inode, path: Path, rng: random.Random) -> Inode:
-    """Put on the real disk one of the things that may be there after the power came back."""
+def _leave(inode: Inode, path: Path, rng: random.Random, left: dict[Inode, tuple[Path, Inode]]) -> Inode:
+    """
+    Put on the real disk one of the things that may be there after the power came back.
+
+    A file with two names is one file: ``left`` are those that were put there under another.
+    """
+    if inode in left:
+        other, same = left[inode]
+        os.link(other, path)
+        return same
     if inode.names is None:
         held = bytearray(inode.bytes)
         for at, what in inode.pending:
@@ -149,21 +158,22 @@ def _leave(inode: Inode, path: Path, rng: random.Random) -> Inode:
                     _put(held, (at, what))
         path.write_bytes(held)
         path.chmod(0o600)
-        return Inode(bytes=held)
+        left[inode] = path, Inode(bytes=held)
+        return left[inode][1]
     path.mkdir(mode=0o700)
     names = dict(inode.safe)
     for operation in inode.pending:
         if rng.random() < 0.5:
             _apply(names, operation)
-    left = {name: _leave(child, path / name, rng) for name, child in names.items()}
-    return Inode(names=left, safe=dict(left))
+    there = {name: _leave(child, path / name, rng, left) for name, child in names.items()}
+    return Inode(names=there, safe=dict(there))
 
 
-def _model(path: Path) -> Inode:
+def _model(path: Path, known: dict[int, Inode]) -> Inode:
     if path.is_dir():
-        names = {child.name: _model(child) for child in sorted(path.iterdir()) if child.name != "lock"}
+        names = {child.name: _model(child, known) for child in sorted(path.iterdir()) if child.name not in _NO_STATE}
         return Inode(names=names, safe=dict(names))
-    return Inode(bytes=bytearray(path.read_bytes()))
+    return known.setdefault(path.stat().st_ino, Inode(bytes=bytearray(path.read_bytes())))
 
 
 class SimulatedDisk(Disk):
@@ -173,6 +183,7 @@ class SimulatedDisk(Disk):
         self.kernel, self.weather = kernel, weather
         self.open: dict[int, tuple[Inode, str]] = {}
         self.files: list[BinaryIO] = []
+        self.linked = 0
 
     def end(self) -> None:
         """What the operating system does when a process ends."""
@@ -252,6 +263,12 @@ class SimulatedDisk(Disk):
         self._before("rename", new)
         super().rename(old, new)
         self.kernel.move(old, new)
+
+    def link(self, old: Path, new: Path) -> None:
+        self._before("link", new)
+        super().link(old, new)
+        self.kernel.add(new, self.kernel.at(old))
+        self.linked += 1
 
     def remove_tree(self, path: Path) -> None:
         """Name by name, as the real one does: it may be cut in the middle."""

@@ -10,7 +10,7 @@ from pathlib import Path
 from fakes import PACE
 
 from simulator.disk import Kernel
-from simulator.life import Life, World, tiny
+from simulator.life import Life, World, forgetful, tiny
 from simulator.log import Input, Output
 from simulator.run import Simulation
 from simulator.weather import SWIFT, Weather
@@ -40,13 +40,13 @@ class Nth(Weather):
 
 
 class Enumeration(Simulation):
-    """One small log, and lives whose only trouble is one operation each."""
+    """One small log, and lives whose only trouble is one operation each; ``leaving``: with series beyond memory."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, *, leaving: bool = False) -> None:
         super().__init__(0, directory)
         self.world = World(
-            tiny(),
-            Input({"in": 1}),
+            forgetful() if leaving else tiny(),
+            Input({"in": 1}, keys=12 if leaving else 4),
             Output(),
             Kernel(directory / "small"),
             replace(PACE, checkpoint_every_records=12, commit_every_s=0.025),

@@ -31,14 +31,14 @@ class SimulatedSource(MemorySource):
         if self.fate.struck("away", "poll"):
             raise Unavailable("the broker is away")
         for place, at in self.at.items():
-            self._must_hold(place, at, at)
+            self._must_reach(place, at)
         return super().poll(max_records, timeout_s)
 
     def read(self, cut: Cut, timeout_s: float) -> Messages:
         if self.fate.struck("away", "read"):
             raise Temporary("the broker is away")
         for r in cut:
-            self._must_hold((r.topic, r.partition), r.start, r.end)
+            self._must_reach((r.topic, r.partition), r.end)
         return super().read(cut, timeout_s)
 
     def resolve_start(self, start: str) -> list[Position]:
@@ -46,21 +46,20 @@ class SimulatedSource(MemorySource):
             raise Temporary("the broker is away")
         return super().resolve_start(start)
 
-    def _must_hold(self, place: tuple[str, int], start: int, end: int) -> None:
-        first, last = self.broker.beginning.get(place, 0), self.broker.ends()[place]
-        if start < first or end > last:
-            raise LogGap(f"{place[0]}-{place[1]}: {start} to {end} is needed, the log holds {first} to {last}")
+    def _must_reach(self, place: tuple[str, int], end: int) -> None:
+        if end > (last := self.broker.ends()[place]):
+            raise LogGap(f"{place[0]}-{place[1]}: the log up to {end} is needed, and it ends at {last}")
 
 
 class Input(Broker):
     """Topics of one deployment, appended to as other people's producers do."""
 
-    def __init__(self, partitions: dict[str, int]) -> None:
+    def __init__(self, partitions: dict[str, int], keys: int = 4) -> None:
         super().__init__(
             {topic: [[] for _ in range(count)] for topic, count in partitions.items()},
             topic_ids={topic: f"id-{topic}" for topic in partitions},
         )
-        self.made = 0
+        self.made, self.keys = 0, keys
 
     def grow(self, records: int, rng: random.Random) -> None:
         """
@@ -89,7 +88,14 @@ class Input(Broker):
         self.made += 1
         if rng.random() < 0.04:
             return b"broken"
-        return message(f"s{rng.randrange(4)}", float(rng.randrange(-50, 50)))
+        return message(f"s{rng.randrange(self.keys)}", float(rng.randrange(-50, 50)))
+
+    def delete(self, rng: random.Random) -> None:
+        """Retention is faster than whoever reads."""
+        for place, end in self.ends().items():
+            if rng.random() < 0.5:
+                first = self.first(*place)
+                self.beginning[place] = rng.randrange(first, min(end, first + 30) + 1)
 
     def compact(self, read: dict[tuple[str, int], int], rng: random.Random) -> None:
         """Of what nobody has read yet; what was read in recorded cuts must stay, and the README says so."""

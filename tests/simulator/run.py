@@ -5,17 +5,20 @@ One run: lives that end badly, one after the other, then one that does not, and 
 import collections
 import random
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-from fakes import PACE, SETTINGS
+from fakes import PACE
 
+from simulator.bucket import Bucket
 from simulator.disk import Kernel
-from simulator.life import CONFIG, SETTINGS_NAME, Life, World, real, sizes, tiny
-from simulator.log import Input, Output, SimulatedSource
+from simulator.life import CONFIG, SETTINGS_NAME, Life, World, forgetful, real, sizes, tiny
+from simulator.log import Input, Output
+from simulator.oracle import Oracle
 from simulator.weather import DISK, SWIFT, Weather
+from streamlstm.engine.state import EngineState
 from streamlstm.errors import (
     CheckpointError,
     CheckpointNotWritten,
@@ -28,12 +31,21 @@ from streamlstm.errors import (
     TopicChanged,
     Unavailable,
 )
-from streamlstm.records.batch import Cut
+from streamlstm.records.batch import Range
 from streamlstm.recovery.checkpoint import CheckpointStore
-from streamlstm.recovery.progress import Chain, Incarnation, decode_record, read_chain
+from streamlstm.recovery.generations import Generation
+from streamlstm.recovery.progress import Branch, Chain, Gap, Incarnation, decode_record, read_chain
+from streamlstm.recovery.standing import why_not_on
+from streamlstm.recovery.stored import SCRATCH
+from streamlstm.series.table import Rows
 from streamlstm.transport.interfaces import ProgressEntry
 
 Delivery = Literal["exactly_once", "idempotent"]
+Twist = Literal["forgetful", "gaps", "branches", "bucket"]
+"""What a run has beside the usual: memory for a few series, retention that is too fast, going back, an object store."""
+
+TWISTS: tuple[Twist, ...] = ("forgetful", "gaps", "branches", "bucket")
+STORE_TROUBLE = ("store", "hang")
 BROKER_TROUBLE = ("away", "init", "refused", "send", "flush", "timed out", "commit", "prepared", "reply")
 
 
@@ -46,6 +58,7 @@ class Tally:
     kills: collections.Counter[str] = field(default_factory=collections.Counter)
     errors: collections.Counter[str] = field(default_factory=collections.Counter)
     ends: collections.Counter[str] = field(default_factory=collections.Counter)
+    met: collections.Counter[str] = field(default_factory=collections.Counter)
     deepest: int = 0
     records: int = 0
     replayed_steps: int = 0
@@ -60,6 +73,7 @@ class Tally:
         self.kills += other.kills
         self.errors += other.errors
         self.ends += other.ends
+        self.met += other.met
         self.deepest = max(self.deepest, other.deepest)
         self.records += other.records
         self.replayed_steps += other.replayed_steps
@@ -71,6 +85,7 @@ class Tally:
             f"injected: {_listed(self.errors)}",
             f"ends: {_listed(self.ends)}",
             f"{self.records} records, {self.replayed_steps} steps replayed",
+            *([f"met: {_listed(self.met)}"] if self.met else []),
         ]
         return "\n".join(told)
 
@@ -82,17 +97,21 @@ def _listed(counts: collections.Counter[str]) -> str:
 class Simulation:
     """Everything that happens in one run, told by its seed alone."""
 
-    def __init__(self, seed: int, directory: Path, delivery: Delivery = "exactly_once") -> None:
-        self.seed = seed
+    def __init__(
+        self, seed: int, directory: Path, delivery: Delivery = "exactly_once", twists: Collection[Twist] = ()
+    ) -> None:
+        assert delivery == "exactly_once" or "bucket" not in twists, "the journal needs a directory"
+        self.seed, self.twists = seed, twists
         self.rng = random.Random(seed)
         self.story: list[str] = []
         self.tally = Tally(runs=1)
         rng = self.rng
         topics = {f"in{i}": rng.randrange(1, 4) for i in range(rng.choice((1, 1, 2)))}
         self.directory = directory
+        mind = real() if rng.random() < 0.1 else tiny()
         self.world = World(
-            mind=real() if rng.random() < 0.1 else tiny(),
-            input=Input(topics),
+            mind=forgetful() if "forgetful" in twists else mind,
+            input=Input(topics, keys=12 if "forgetful" in twists else 4),
             output=Output(),
             kernel=Kernel(directory / "disk"),
             pace=replace(
@@ -103,9 +122,12 @@ class Simulation:
             ),
             keep=rng.randrange(2, 4),
             delivery=delivery,
+            on_gap="skip" if "gaps" in twists else "fail",
+            bucket=Bucket() if "bucket" in twists else None,
         )
         self.announced = -1
         self.cut_short = 0
+        self.reached: dict[tuple[str, int], int] = {}
 
     def run(self) -> Tally:
         """Raises ``AssertionError`` on the first thing that is not as promised."""
@@ -130,10 +152,13 @@ class Simulation:
         self.tell(f"life {self.tally.lives + 1}: {dict(weather.rates) or 'fair'}, killed at {weather.at}")
         life = self.life(weather)
         # Without transactions nobody is fenced, and only a lock that knows one host keeps two apart.
-        asleep = rng.random() < 0.12 and self.world.directory.exists() and self.world.delivery == "exactly_once"
+        asleep = rng.random() < 0.12 and self.world.begun and self.world.delivery == "exactly_once"
         if asleep:
             weather.sleep_at = rng.randrange(1, 150)
             weather.while_asleep = self.succeed
+        elif "gaps" in self.twists and rng.random() < 0.4:
+            weather.sleep_at = rng.randrange(1, 150)
+            weather.while_asleep = self.delete
         kernel, announced = self.world.kernel, self.announced
         life.live()
         self.ended(life, superseded=self.world.kernel is not kernel)
@@ -149,8 +174,11 @@ class Simulation:
 
     def weather(self) -> Weather:
         rng = self.rng
-        kinds = rng.sample((*BROKER_TROUBLE, "disk"), rng.choice((0, 1, 1, 2, 3)))
+        storage = STORE_TROUBLE if self.world.bucket else ("disk",)
+        kinds = rng.sample((*BROKER_TROUBLE, *storage), rng.choice((0, 1, 1, 2, 3)))
         rates = {kind: rng.choice((0.01, 0.05, 0.3)) for kind in kinds}
+        if self.world.bucket and rng.random() < 0.5:
+            rates["store"] = 0.05
         # Starting takes some thirty calls: half of the kills are in there, and those after them hit the next start.
         at = rng.choice((None, rng.randrange(40), rng.randrange(40), rng.randrange(400), rng.randrange(400)))
         numbers = tuple(rng.sample(DISK, rng.randrange(1, len(DISK) + 1)))
@@ -163,9 +191,10 @@ class Simulation:
         """
         Another host takes over while this one is asleep, with a copy of its directory; from now on that one counts.
         """
-        other = Kernel(self.directory / f"host-{self.world.ids}")
-        shutil.copytree(self.world.directory, other.root / "state")
-        other.adopt()
+        other = Kernel(self.directory / f"host-{self.tally.lives}")
+        if not self.world.bucket:
+            shutil.copytree(self.world.directory, other.root / "state", ignore=shutil.ignore_patterns(SCRATCH))
+            other.adopt()
         self.world.kernel = other
         weather = self.weather()
         self.tell(f"a successor: {dict(weather.rates) or 'fair'}, killed at {weather.at}")
@@ -181,13 +210,14 @@ class Simulation:
         tally.errors.update(weather.errors)
         assert life.publisher.believed == 0, "a commit was asked for although a send had failed"
         assert self.world.kernel.broken == []
+        self.world.chain()  # seen before the next one trims it
         if life.ready is not None:
             tally.replayed_steps += life.ready.replayed_steps
+        tally.met["linked files"] += life.disk.linked
         if life.end == "killed":
-            phase = "running" if life.ready else "starting"
-            tally.kills[f"{phase}, on the disk" if " state" in weather.died else phase] += 1
+            tally.kills[f"{life.doing}, on the disk" if " state" in weather.died else life.doing] += 1
         tally.ends[life.end if isinstance(life.end, str) else f"{type(life.end).__name__}"] += 1
-        self.cut_short = self.cut_short + 1 if life.end == "killed" and life.ready is None else 0
+        self.cut_short = self.cut_short + 1 if life.end == "killed" and life.doing == "starting" else 0
         tally.deepest = max(tally.deepest, self.cut_short)
         if isinstance(life.end, StreamlstmError):
             allowed = self.allowed(weather, superseded=superseded)
@@ -202,26 +232,66 @@ class Simulation:
             errors += [CheckpointNotWritten]  # it was not written in the time it took to consume too much
         if set(weather.errors) & set(BROKER_TROUBLE):
             errors += [Temporary, Unavailable]
+        if set(weather.errors) & set(STORE_TROUBLE):
+            errors += [CheckpointNotWritten, Temporary]
+        if "gaps" in self.twists:
+            errors += [Temporary]  # retention overtook a replay
         if superseded:
             errors += [Superseded, Temporary, ProgressError]  # the last: it had no generation yet, and the other began
+            if self.world.bucket:
+                errors += [CheckpointNotWritten, CheckpointError]  # the other wrote, or pruned, what this one had seen
         return tuple(errors)
 
     def between(self) -> None:
         """Time passes: the power fails, the input grows, is compacted, and is deleted where nobody needs it."""
         rng, world = self.rng, self.world
+        if world.bucket:
+            world.bucket.settle(rng)
         if rng.random() < 0.3:
             self.tell("power cut")
-            world.kernel.power_cut(rng)
+            if not world.bucket:
+                world.kernel.power_cut(rng)
             if self.announced >= 0:
                 world.store().verify(self.announced)
         if rng.random() < 0.15:
             self.damage()
         world.input.grow(rng.choice((0, 0, 10, 30)), rng)
-        chain = self.chain()
+        consumed = self.consumed(self.chain())
         if rng.random() < 0.2 and world.output.current is None:
-            world.input.compact(self.consumed(chain), rng)
+            world.input.compact(consumed, rng)
         if rng.random() < 0.3:
             self.retain()
+        if "gaps" in self.twists and rng.random() < 0.4:
+            self.delete()
+        if "branches" in self.twists and rng.random() < 0.4:
+            self.go_back()
+
+    def delete(self) -> None:
+        """Retention deletes, needed or not."""
+        self.world.input.delete(self.rng)
+        self.tell(f"retention: the log begins at {self.world.input.beginning}")
+
+    def go_back(self) -> None:
+        """The operator has the chain go on from an older generation, without some ranges; that may be cut too."""
+        rng, world = self.rng, self.world
+        store = world.store()
+        retained = [entry for entry in world.chain() if entry.offset >= world.begins()]
+        chain = read_chain(retained, SETTINGS_NAME)
+        there = [made for step in store.steps() if _whole(store, step) and _stands(made := store.verify(step), chain)]
+        if not there:
+            return
+        made = rng.choice(there)
+        exclude = []
+        for p in rng.sample(made.provenance.positions, rng.randrange(len(made.provenance.positions) + 1)):
+            start = p.next_offset + rng.randrange(20)
+            exclude.append(Range(p.topic, p.partition, start, start + rng.randrange(1, 15)))
+        weather = self.weather()
+        weather.at = rng.choice((None, rng.randrange(12)))
+        self.tell(f"going back to {made.step} without {exclude}, killed at {weather.at}")
+        life = self.life(weather)
+        life.go_back(made.step, exclude)
+        self.ended(life, superseded=False)
+        self.announced = min(self.announced, made.step)
 
     def damage(self) -> None:
         """A bit of the newest generation turns, or its end is gone. Only when an older one is whole."""
@@ -229,9 +299,9 @@ class Simulation:
         good = [step for step in store.steps() if _whole(store, step)]
         if len(good) < 2 or self.broken_chain(good[-2]):
             return
-        files = sorted((self.world.directory / f"{good[-1]:020d}").iterdir())
-        path = self.rng.choice(files)
-        data = bytearray(path.read_bytes())
+        files = self.world.files(good[-1])
+        name = self.rng.choice(sorted(files))
+        data = bytearray(files[name])
         at = self.rng.randrange(len(data))
         if self.rng.random() < 0.5:
             data[at] ^= 1 << self.rng.randrange(8)
@@ -239,12 +309,15 @@ class Simulation:
         else:
             del data[at:]
             how = f"cut at {at}"
-        path.write_bytes(bytes(data))
-        self.world.kernel.adopt()
-        self.tell(f"rot: {path.relative_to(self.world.directory)}: {how}")
-        self.tally.errors["rot"] += 1
+        self.world.change(name, bytes(data))
         assert not _whole(store, good[-1])
-        self.announced = good[-2]
+        left = [step for step in good if _whole(store, step)]
+        if not left or self.broken_chain(left[-1]):
+            self.world.change(name, files[name])  # a file that all of them share
+            return
+        self.tell(f"rot: {name.rpartition('/state/')[2]}: {how}")
+        self.tally.errors["rot"] += 1
+        self.announced = min(self.announced, left[-1])
 
     def broken_chain(self, step: int) -> bool:
         """Whether the chain no longer reaches back to this generation: then it is no fallback."""
@@ -260,7 +333,8 @@ class Simulation:
                 for p in store.verify(step).provenance.positions:
                     place = (p.topic, p.partition)
                     needed[place] = min(p.next_offset, needed.get(place, p.next_offset))
-        world.input.beginning.update(needed)
+        first = world.input.first
+        world.input.beginning |= {place: max(at, first(*place)) for place, at in needed.items()}
 
     def calm(self) -> tuple[object, Life]:
         """A life without trouble, to the end of the input."""
@@ -286,48 +360,51 @@ class Simulation:
         return next((record.id for record in reversed(records) if isinstance(record, Incarnation)), "")
 
     def consumed(self, chain: Chain) -> dict[tuple[str, int], int]:
-        return {place: chain.positions.get(place, 0) for place in self.world.input.ends()}
+        """Up to where anybody ever read, and be it before the chain went back."""
+        for place in self.world.input.ends():
+            self.reached[place] = max(self.reached.get(place, 0), chain.positions.get(place, 0))
+        return self.reached
 
     def check(self, engine: object) -> None:
-        """The oracle: the recorded cuts, fed to a fresh engine that nobody interrupts."""
-        world, chain = self.world, self.chain()
-        assert chain.positions == world.input.ends()
-        fresh = world.mind.maker.create(SETTINGS.learning)
-        forecasts: list[bytes] = []
-        dead_letters: list[bytes] = []
-        seen: list[tuple[str, int, int]] = []
-        for step, messages in _messages(world, [step.cut for step in chain.after(0)]):
-            report = fresh.step(world.mind.decode(messages))
-            assert report.step == step
-            assert report.digest().hex() == chain.steps[step - 1].digest, f"the outputs of step {step}"
-            forecasts += [m.value or b"" for m in world.mind.encoder.encode_forecasts(report)]
-            dead_letters += [m.value or b"" for m in world.mind.encoder.encode_dead_letters(report, messages)]
-            seen += [
-                (messages.cut[r].topic, messages.cut[r].partition, at)
-                for r, at in zip(messages.range_index.tolist(), messages.offset.tolist(), strict=True)
-            ]
-            assert sum(report.counts().values()) == len(messages)
-        there = [
+        """The oracle's word against what is there."""
+        world = self.world
+        assert self.chain().positions == world.input.ends()
+        oracle = Oracle(world)
+        for entry in world.chain():
+            record = decode_record(entry)
+            oracle.follow(record)
+            if isinstance(record, Gap | Branch):
+                self.tally.met[type(record).__name__.lower()] += 1
+        there = {
             (topic, partition, offset)
             for topic, logs in world.input.inputs.items()
             for partition, log in enumerate(logs)
             for offset, value in enumerate(log)
-            if value is not None
-        ]
-        assert sorted(seen) == sorted(there), "every input coordinate exactly once"
-        assert len(forecasts) + len(dead_letters) == len(there)
-        for topic, expected in ((CONFIG.forecast_topic, forecasts), (CONFIG.dead_letter_topic, dead_letters)):
-            published = world.output.values(topic)
+            if value is not None and offset >= oracle.begins[topic, partition]
+        }
+        learnt = oracle.learnt()
+        assert sorted(learnt) == sorted(there - oracle.excluded - oracle.passed_over), "every input exactly once"
+        assert all(at < world.input.first(topic, partition) for topic, partition, at in oracle.passed_over)
+        forecasts = world.output.values(CONFIG.forecast_topic)
+        for published, expected in (
+            (forecasts, oracle.forecasts),
+            (world.output.values(CONFIG.dead_letter_topic), oracle.dead_letters),
+        ):
             if world.delivery == "exactly_once":
                 assert published == expected
             else:
-                # Each at least once, and a copy is no different.
-                assert set(published) == set(expected)
-                assert collections.Counter(published) >= collections.Counter(expected)
-        digests = fresh.state().digests()
-        assert engine.state().digests() == digests  # type: ignore[attr-defined]  # because a life stopped has one
+                # Each at least once, and a copy is no different, where the input is still what it was.
+                assert set(published) <= set(expected) | oracle.perhaps
+                assert collections.Counter(published) >= collections.Counter(expected) - oracle.excused
+        oracle.reader(forecasts)
+        state = engine.state()  # type: ignore[attr-defined]  # because a life stopped has one
+        assert state.digests() == oracle.digests
+        self.tally.met["series that left"] += sum(len(rows) for rows in stored_rows(state))
         store = world.store()
-        assert store.load(store.steps()[-1]).state.digests() == digests
+        assert store.load(store.steps()[-1]).state.digests() == oracle.digests
+        assert len(list(world.directory.glob(f"{SCRATCH}/*.sqlite"))) <= 1, "what killed processes left is gone"
+        if world.bucket:
+            self.tally.met["late arrivals"] += world.bucket.arrived
 
     def refused(self) -> None:
         """What cannot be mended is refused, again and again, and nothing is published."""
@@ -336,6 +413,8 @@ class Simulation:
         place = rng.choice(sorted(place for place, end in world.input.ends().items() if end))
         topic, partition = place
         kinds = ["retention", "cut back", "made anew", "partitions", "all bad", "no progress"]
+        if world.on_gap == "skip":
+            kinds.remove("retention")
         if world.delivery == "exactly_once":
             kinds.append("no checkpoint")  # the journal would be gone too, and all would begin anew
         kind = rng.choice(kinds)
@@ -355,13 +434,13 @@ class Simulation:
             world.input.inputs[topic].append([])
             expected = TopicChanged
         elif kind == "no checkpoint":
-            shutil.rmtree(world.directory)
-            world.kernel.adopt()
+            world.lose_checkpoints()
             expected = ProgressError
         elif kind == "all bad":
-            for path in world.directory.glob("0*/optim.pt"):
-                path.write_bytes(b"")
-            world.kernel.adopt()
+            for step in world.store().steps():
+                for name in world.files(step):
+                    if name.endswith("optim.pt"):
+                        world.change(name, b"")
             expected = CheckpointError
         else:
             world.lose_chain()
@@ -390,16 +469,22 @@ def _whole(store: CheckpointStore, step: int) -> bool:
     return True
 
 
-def _messages(world: World, cuts: list[Cut]) -> Iterator[tuple[int, object]]:
-    """The messages of each recorded cut, whatever retention has deleted since."""
-    source = SimulatedSource(world.input, Weather(), clock=None)  # type: ignore[arg-type]  # because nothing is polled
-    for number, cut in enumerate(cuts, 1):
-        yield number, source._messages(cut)
+def _stands(generation: Generation, chain: Chain) -> bool:
+    """Whether the chain can go on from it."""
+    try:
+        return chain.tip is not None and why_not_on(chain, generation) is None
+    except ProgressError:
+        return False
 
 
-def simulate(seed: int, directory: Path, delivery: Delivery = "exactly_once") -> Tally:
+def stored_rows(state: EngineState) -> Iterator[Rows]:
+    for place in state.stored.places() if state.stored else ():
+        yield from state.stored.rows(*place)
+
+
+def simulate(seed: int, directory: Path, delivery: Delivery = "exactly_once", twists: Collection[Twist] = ()) -> Tally:
     """One run. On failure the story so far is part of the message."""
-    simulation = Simulation(seed, directory, delivery)
+    simulation = Simulation(seed, directory, delivery, twists)
     try:
         return simulation.run()
     except BaseException as error:

@@ -10,10 +10,17 @@ import pytest
 
 from simulator.__main__ import campaign, scratch
 from simulator.enumeration import ENDS, Enumeration
-from simulator.run import Simulation
+from simulator.run import TWISTS, Simulation
 
 RUNS = 160
 KILLS = 200
+TWISTED = [
+    ("forgetful", 12, {"linked files", "series that left"}),
+    ("gaps", 30, {"gap"}),
+    ("branches", 30, {"branch"}),
+    ("bucket", 40, {"store", "hang", "torn", "late arrivals"}),
+]
+"""Which, in how many runs here, and what must be met in them."""
 
 
 @pytest.fixture
@@ -40,11 +47,21 @@ def test_without_transactions_each_is_there_and_a_copy_is_no_different(memory):
     assert set(total.errors) >= {"disk", "send", "reply", "refused", "init", "rot"}
 
 
-def test_a_seed_tells_the_same_story_twice(memory):
+@pytest.mark.parametrize(("twist", "runs", "wanted"), TWISTED)
+def test_each_twist_costs_nothing_either(memory, twist, runs, wanted):
+    after, total = campaign(0, runs, 0, memory, twists=[twist])
+
+    print(f"seeds 0 to {after - 1}, {twist}\n{total}")
+    assert total.killed >= runs
+    assert {**total.met, **total.errors}.keys() >= wanted
+
+
+@pytest.mark.parametrize("twists", [(), TWISTS])
+def test_a_seed_tells_the_same_story_twice(memory, twists):
     stories = []
     for name in ("a", "b"):
         (memory / name).mkdir()
-        simulation = Simulation(4, memory / name)
+        simulation = Simulation(4, memory / name, twists=twists)
         simulation.run()
         stories.append([line.replace(str(memory / name), "") for line in simulation.story])
 
@@ -52,10 +69,10 @@ def test_a_seed_tells_the_same_story_twice(memory):
     assert any("killed" in line for line in stories[0])
 
 
-def small(memory: Path, name: object) -> Enumeration:
+def small(memory: Path, name: object, *, leaving: bool = False) -> Enumeration:
     directory = memory / str(name)
     directory.mkdir()
-    return Enumeration(directory)
+    return Enumeration(directory, leaving=leaving)
 
 
 def test_every_operation_on_the_disk_may_fail_or_be_the_last(memory):
@@ -74,6 +91,23 @@ def test_every_operation_on_the_disk_may_fail_or_be_the_last(memory):
     print(f"{len(kinds)} operations x {', '.join(ENDS)}: {dict(ended)}")
     assert set(ended) == {"mkdir", "create", "write", "fsync", "rename", "unlink"}
     assert len(kinds) > 60, "several checkpoints"
+
+
+def test_every_link_to_a_file_of_an_older_checkpoint_may_fail_or_be_the_last(memory):
+    """And what stands right behind the last of them: the manifest, and the sync of the directory they are in."""
+    kinds = small(memory, "calm", leaving=True).a_life(0, 0).done
+    links = [nth for nth, kind in enumerate(kinds, 1) if kind == "link"]
+    behind = [nth for nth in range(links[-1] + 1, links[-1] + 6) if nth <= len(kinds)]
+    for nth in (*links, *behind):
+        for end, number in ENDS.items():
+            run = small(memory, f"{nth}-{end}", leaving=True)
+            run.a_life(nth, number)
+            run.power_cut(nth)
+            run.recover()
+            shutil.rmtree(run.directory)
+
+    print(f"{len(links)} links x {', '.join(ENDS)}")
+    assert len(links) >= 2
 
 
 def test_a_recovery_that_is_cut_and_its_own_recovery_are_no_different(memory):
@@ -110,10 +144,20 @@ def test_what_a_start_finds_is_safe_before_it_builds_on_it(memory):
 
 @pytest.mark.soak
 @pytest.mark.timeout(7200)
-@pytest.mark.parametrize("delivery", ["exactly_once", "idempotent"])
-def test_ten_thousand_kills_cost_nothing(memory, delivery):
-    after, total = campaign(1_000_000, 0, 10_000, memory, delivery)
+@pytest.mark.parametrize(
+    ("delivery", "twists"),
+    [
+        ("exactly_once", ()),
+        ("idempotent", ()),
+        *(("exactly_once", (twist,)) for twist in TWISTS),
+        ("exactly_once", TWISTS),
+        ("idempotent", ("forgetful", "gaps", "branches")),
+    ],
+)
+def test_thousands_of_kills_cost_nothing(memory, delivery, twists):
+    kills = 2_000 if "forgetful" in twists else 10_000  # its engine is the real one, and slower by as much
+    after, total = campaign(1_000_000, 0, kills, memory, delivery, twists)
 
     print(f"seeds 1000000 to {after - 1}: 0 mismatches, 0 lost, 0 duplicated, 0 commits with a failed send\n{total}")
-    assert total.killed >= 10_000
+    assert total.killed >= kills
     assert total.deepest >= 3
