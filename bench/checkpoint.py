@@ -22,6 +22,7 @@ import numpy as np
 import torch
 
 from streamlstm.cli import interpreter
+from streamlstm.cli.device import prepare_device
 from streamlstm.config.model import Config
 from streamlstm.engine.core import Engine
 from streamlstm.records.batch import Range, RecordBatch, SeriesId
@@ -38,6 +39,7 @@ def config() -> Config:
     """The defaults, but for a fixed interval."""
     return Config.model_validate(
         {
+            "runtime": {"device": "cpu"},
             "source": {"type": "files"},
             "decode": {"series_id": ["$.id"], "timestamp": {"path": "$.t"}, "target": "$.y"},
             "series": {"interval": "10s", "max_series": 1_000_000},
@@ -170,10 +172,8 @@ def main() -> None:
     parser.add_argument("--series", type=int, default=100_000)
     parser.add_argument("--directory", type=Path, default=None)
     asked = parser.parse_args()
-    torch.set_num_threads(1)
     interpreter.share_often()  # as `streamlstm run` does, and below
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    engine, cuts = Engine.create(config(), "cpu"), Cuts(asked.series)
+    engine, cuts = Engine.create(config(), prepare_device(config())), Cuts(asked.series)
     for _ in range(2):
         for start in range(0, asked.series, 2000):
             engine.step(cuts.of(np.arange(start, min(start + 2000, asked.series))))

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from streamlstm.cli.device import prepare_device
 from streamlstm.config.model import Config
 from streamlstm.engine.core import Engine
 from streamlstm.records.batch import Range, RecordBatch, SeriesId
@@ -24,6 +25,7 @@ HORIZONS, HIDDEN, K1, K2 = 24, 64, 16, 48
 def config() -> Config:
     return Config.model_validate(
         {
+            "runtime": {"device": "cpu"},
             "source": {"type": "files"},
             "decode": {"series_id": ["$.id"], "timestamp": {"path": "$.t"}, "target": "$.y"},
             "series": {"interval": "10s"},
@@ -108,7 +110,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--records", type=int, default=0, help="timed records; default: enough for a few seconds")
     wanted = parser.parse_args().records
-    torch.set_num_threads(1)
+    prepare_device(config())  # as `streamlstm run` does; for the peer too
     print(f"torch {torch.__version__}, 1 thread, hidden {HIDDEN}, H={HORIZONS}, k1={K1}, k2={K2}; records/s")
     peer = naive(wanted or 4_000)
     print(f"{'naive PyTorch, 1 series':<34}{peer:>10,.0f}")

@@ -14,8 +14,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
-import torch
 
+from streamlstm.cli.device import prepare_device
 from streamlstm.config.model import Config
 from streamlstm.engine.core import Engine
 from streamlstm.records.batch import Range, RecordBatch, SeriesId
@@ -28,6 +28,7 @@ def config(most: int) -> Config:
     """A small network: it is the keys that count."""
     return Config.model_validate(
         {
+            "runtime": {"device": "cpu"},
             "source": {"type": "files"},
             "decode": {"series_id": ["$.id"], "timestamp": {"path": "$.t"}, "target": "$.y"},
             "series": {"interval": "10s", "max_series": most},
@@ -88,7 +89,7 @@ def main() -> None:
     parser.add_argument("--most", type=int, default=20_000)
     parser.add_argument("--unbounded", type=int, default=100_000)
     asked = parser.parse_args()
-    torch.set_num_threads(1)
+    prepare_device(config(asked.most))  # as `streamlstm run` does
     with TemporaryDirectory() as directory:
         print(f"max_series {asked.most:,}")
         run(asked.most, asked.keys, Path(directory))

@@ -48,6 +48,8 @@ def list_(loaded: "Loaded", *, as_json: bool) -> None:
     """
     List the checkpoints, oldest first, and check every byte of each.
 
+    `series` are in memory, `stored` beyond series.max_series.
+
     The newest that is whole is marked: a start takes it, unless the chain was made to go on from an older one
     (`revert`), which is not asked here. Those that were put aside come last, by the name that `restore` knows them by.
     Reads only; a running service is not disturbed.
@@ -217,7 +219,8 @@ def export(loaded: "Loaded", ident: str, *, out: Path) -> None:
     """
     Write one checkpoint as an uncompressed tar, which `restore` takes.
 
-    It appears only once it is whole and was read back. A running service is not disturbed.
+    It appears only once it is whole and was read back; exit 74 when it cannot be written. A running service is not
+    disturbed.
     """
     from streamlstm.cli import stored  # noqa: PLC0415, because of what this module says first
 

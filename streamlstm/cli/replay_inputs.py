@@ -10,15 +10,15 @@ import click
 from streamlstm import __version__
 from streamlstm.cli.asked import Asked
 from streamlstm.cli.delivery import progress_log
-from streamlstm.config.keys import changed, identity_values
+from streamlstm.config.keys import identity_values, tell_changes
 from streamlstm.config.model import Config
 from streamlstm.errors import CheckpointError, ConfigError, LogGap, ProgressError, TopicChanged
 from streamlstm.records.batch import Messages, Range, RecordBatch
 from streamlstm.records.decode import Decoder, compile_decoder
-from streamlstm.recovery.archive import open_outside
+from streamlstm.recovery.archive import load_outside, open_outside
 from streamlstm.recovery.checkpoint import open_store
-from streamlstm.recovery.generations import MANIFEST, Generation, Loaded, load_generation
-from streamlstm.recovery.inspection import LATEST, step_of
+from streamlstm.recovery.generations import MANIFEST, Generation, Loaded
+from streamlstm.recovery.inspection import LATEST, load_of
 from streamlstm.recovery.progress import Chain, Link, Value, read_chain
 from streamlstm.recovery.resume import why_not_on
 from streamlstm.service.keeping import Begun
@@ -201,24 +201,21 @@ def _check_ids(then: TopicIds, now: TopicIds) -> None:
             )
 
 
-def load_named(config: Config, name: str) -> Loaded:
+@contextmanager
+def open_named(config: Config, name: str) -> Generator[Loaded, None, None]:
     """
     A checkpoint of the service by its step or ``latest``, or what is at a path: one of its own, an archive, a store.
 
-    Reads only; a running service is not disturbed.
+    Reads only; a running service is not disturbed. Series beyond memory are read while it is open.
     """
     path = Path(name)
     if name.isdigit() or not path.exists():
-        store = open_store(config.checkpoint.url)
+        yield load_of(open_store(config.checkpoint.url), name)
     elif path.is_dir() and not (path / MANIFEST).exists():
-        store, name = open_store(path), LATEST
+        yield load_of(open_store(path, setting="--from-checkpoint"), LATEST)
     else:
         with open_outside(path) as outside:
-            return load_generation(outside.files, outside.step)
-    loaded = store.newest()[0] if name == LATEST else store.load(step_of(store, name))
-    if loaded is None:
-        raise CheckpointError(f"there is no checkpoint in {store.name}")
-    return loaded
+            yield load_outside(outside, name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -295,12 +292,14 @@ def _span(config: Config, deadline: Deadline, begun: Begun | None, base: Generat
         return chain, span
     if base:
         made = base.provenance
-        keys = changed(made.settings.identity, identity_values(config))
-        if keys:
-            raise ConfigError(f"the checkpoint of step {base.step} was made with other values of {', '.join(keys)}")
+        if told := tell_changes(made.settings.identity, identity_values(config)):
+            raise ConfigError(f"since the checkpoint of step {base.step} {told}; set them back to replay what follows")
         chain = _read_from(config, deadline, made.progress)
         if reason := why_not_on(chain, base):
-            raise CheckpointError(f"no recorded step follows the checkpoint of step {base.step}: {reason}")
+            raise CheckpointError(
+                f"no recorded step follows the checkpoint of step {base.step}: {reason}; take another one "
+                "(`streamlstm checkpoint list` names those that are there)"
+            )
         return chain, _Span(
             link=made.progress,
             after=base.step,

@@ -7,7 +7,7 @@ Apart from :mod:`streamlstm.cli.replay`, because it loads torch, Kafka and Arrow
 import secrets
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from streamlstm import __version__
 from streamlstm.cli.asked import Asked
 from streamlstm.cli.device import prepare_device
 from streamlstm.cli.engines import engine_maker
-from streamlstm.cli.replay_inputs import Feed, is_of_files, load_named, open_feed
+from streamlstm.cli.replay_inputs import Feed, is_of_files, open_feed, open_named
 from streamlstm.cli.result import Result, as_json_text, as_lines
 from streamlstm.config.keys import config_hash, learning_values
 from streamlstm.config.model import Config
@@ -81,9 +81,10 @@ def replay_history(config: Config, asked: Asked, *, as_json: bool, machine: Mach
     with ExitStack() as stack:
         store = _open_store(stack, config, asked, machine.disk)
         begun = _take_up(config, asked, store, machine) if store and asked.resume else None
-        base = None if begun or asked.from_checkpoint is None else load_named(config, asked.from_checkpoint)
-        feed = stack.enter_context(open_feed(config, asked, begun, base and base.generation))
-        engine = _make_engine(machine.maker, config, asked, begun, base)
+        named = None if begun else asked.from_checkpoint
+        with nullcontext() if named is None else open_named(config, named) as base:
+            feed = stack.enter_context(open_feed(config, asked, begun, base and base.generation))
+            engine = _make_engine(machine.maker, config, asked, begun, base)
         del base  # the engine has its own copy
         tally = Tally(config.model.horizons, asked.score_from, asked.standardise or 0, begun and begun.tally)
         outputs = _open_outputs(stack, config, asked, tally, begun, machine.disk)
@@ -136,8 +137,8 @@ def _open_store(stack: ExitStack, config: Config, asked: Asked, disk: Disk) -> C
         return None
     if asked.checkpoint_to.absolute() == Path(config.checkpoint.url).absolute():
         raise click.UsageError("--checkpoint-to: this is where the service keeps its state (checkpoint.url)")
-    store = open_store(asked.checkpoint_to, disk).open()
-    stack.callback(store.close)
+    store = open_store(asked.checkpoint_to, disk, "--checkpoint-to").open()
+    stack.callback(store.leave)
     if not asked.resume and (store.steps() or store.bad()):
         raise click.UsageError(
             f"--checkpoint-to: {asked.checkpoint_to} holds checkpoints; add --resume to go on from them, or name an "

@@ -45,7 +45,7 @@ def revert(loaded: Loaded, ident: str, excluded: Sequence[str], *, dry_run: bool
         chain = read_chain(delivery.progress.read(), config.name)
         outlook = look_ahead(store, chain, _earliest(config, deadline), step, ranges)
         if not dry_run and not outlook.done:
-            stack.callback(store.close)
+            stack.callback(store.leave)
             stack.callback(delivery.publisher.close)
             go_back(
                 store, delivery.publisher, delivery.progress, config.name, step, ranges, lambda: secrets.token_hex(8)

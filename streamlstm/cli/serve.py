@@ -73,7 +73,7 @@ def serve(config: Config, asked: Asked) -> None:
         stack.enter_context(signals_stop(stop, config.runtime.shutdown_timeout, leave))
         # Locked before a port is taken: a process that is being replaced has both, and only the lock says "wait".
         store = open_store(config.checkpoint.url).open()
-        stack.callback(store.close)
+        stack.callback(store.leave)
         observer = _watch(stack, config, device, log)
         world, terms = _world(stack, store, config, device, _warned(decoder, log)), _terms(config, fingerprint, asked)
 

@@ -3,8 +3,8 @@
 import json
 import math
 import time
-from collections.abc import Iterable, Sequence
-from contextlib import ExitStack
+from collections.abc import Generator, Iterable, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,16 +18,19 @@ from streamlstm.config.load import Loaded
 from streamlstm.config.model import Config
 from streamlstm.errors import CheckpointError, CheckpointNotWritten
 from streamlstm.recovery.archive import export as write_archive
-from streamlstm.recovery.archive import open_outside
+from streamlstm.recovery.archive import load_outside, open_outside
 from streamlstm.recovery.checkpoint import CheckpointStore, Keep, open_store
 from streamlstm.recovery.difference import Difference, TensorDifference, compare
 from streamlstm.recovery.fingerprint import take_fingerprint
 from streamlstm.recovery.generations import Loaded as State
-from streamlstm.recovery.generations import Settings, load_generation
-from streamlstm.recovery.inspection import Listed, blaming, describe, list_generations, none_there, step_of
+from streamlstm.recovery.generations import Settings
+from streamlstm.recovery.inspection import Listed, blaming, describe, list_generations, load_of, none_there, step_of
 from streamlstm.recovery.place import name_of
 from streamlstm.recovery.restore import Moved, Rules
 from streamlstm.recovery.restore import restore as go_back
+
+_SERIES = ("series", "series_stored")
+"""Of a row: how many are in memory, and how many beyond."""
 
 _SHORT = 8
 _MOST_NAMED = 20
@@ -51,9 +54,9 @@ def list_all(loaded: Loaded, *, as_json: bool) -> None:
         click.echo(none_there(store))
     if rows:
         _print_table(
-            ("step", "time", "age", "bytes", "series", "deployment", "run", "revision", "state", "positions"),
+            ("step", "time", "age", "bytes", "series", "stored", "deployment", "run", "revision", "state", "positions"),
             [_cells(row) for row in here + aside],
-            right={"step", "age", "bytes", "series", "revision"},
+            right={"step", "age", "bytes", "series", "stored", "revision"},
         )
     if here:
         suggest(f"streamlstm checkpoint show latest -c {loaded.file}")
@@ -90,20 +93,29 @@ def verify(loaded: Loaded, ident: str | None, *, as_json: bool) -> None:
             continue
         spent = time.perf_counter() - began
         rows.append(
-            {"step": step, "valid": True, "bytes": generation.bytes, "series": generation.series, "seconds": spent}
+            {
+                "step": step,
+                "valid": True,
+                "bytes": generation.bytes,
+                "series": generation.series,
+                "series_stored": generation.stored,
+                "seconds": spent,
+            }
         )
     bad = [row for row in rows if not row["valid"]]
     if as_json:
         _say_json({"directory": store.name, "checkpoints": rows, "bad": len(bad)})
     elif rows:
         cells = [
-            (str(r["step"]), f"{r['bytes']:,}", f"{r['series']:,}", f"{r['seconds']:.2f}", "whole")
+            (str(r["step"]), *(f"{r[k]:,}" for k in ("bytes", *_SERIES)), f"{r['seconds']:.2f}", "whole")
             if r["valid"]
-            else (str(r["step"]), "", "", "", f"BAD: {r['reason']}")
+            else (str(r["step"]), *[""] * 4, f"BAD: {r['reason']}")
             for r in rows
         ]
         _print_table(
-            ("step", "bytes", "series", "seconds", "verdict"), cells, right={"step", "bytes", "series", "seconds"}
+            ("step", "bytes", "series", "stored", "seconds", "verdict"),
+            cells,
+            right={"step", "bytes", "series", "stored", "seconds"},
         )
     else:
         click.echo(none_there(store))
@@ -117,7 +129,8 @@ def verify(loaded: Loaded, ident: str | None, *, as_json: bool) -> None:
 def diff(loaded: Loaded, a: str, b: str, *, as_json: bool) -> None:
     """``checkpoint diff``."""
     store = open_for_reading(loaded.config)
-    found = compare(_load(store, a), _load(store, b))
+    with ExitStack() as stack:
+        found = compare(*(stack.enter_context(_open(store, ident)) for ident in (a, b)))
     if as_json:
         _say_json(_finite(asdict(found)))
         return
@@ -130,7 +143,7 @@ def restore(loaded: Loaded, what: str, *, dry_run: bool, as_json: bool) -> None:
     store = open_for_reading(loaded.config)
     rules = Rules(Settings.of(loaded.config), trims=loaded.config.sink.progress.trim)
     with ExitStack() as stack:
-        stack.callback(store.close)
+        stack.callback(store.leave)
         done = go_back(store, what, rules, dry_run=dry_run)
     step = done.generation.step
     if as_json:
@@ -161,7 +174,7 @@ def prune(loaded: Loaded, *, dry_run: bool, as_json: bool) -> None:
     store = open_for_reading(loaded.config)
     keep = Keep(loaded.config.checkpoint.keep.last, loaded.config.checkpoint.keep.daily)
     with ExitStack() as stack:
-        stack.callback(store.close)
+        stack.callback(store.leave)
         if not dry_run and store.steps():
             store.open()
         going = store.surplus(keep)
@@ -185,18 +198,23 @@ def export(loaded: Loaded, ident: str, out: Path) -> None:
     """``checkpoint export``."""
     store = open_for_reading(loaded.config)
     step = step_of(store, ident)
-    with blaming(f"the checkpoint of step {step} in {store.name}"):
-        generation = write_archive(store, step, out)
+    try:
+        with blaming(f"the checkpoint of step {step} in {store.name}"):
+            generation = write_archive(store, step, out)
+    except FileExistsError as error:
+        raise click.BadParameter(f"{out} exists: name another file, or remove it", param_hint="--out") from error
     click.echo(f"{out}: the checkpoint of step {generation.step}, {out.stat().st_size:,} bytes, read back and whole")
     suggest(f"streamlstm checkpoint restore {out} -c {loaded.file} --dry-run")
 
 
-def _load(store: CheckpointStore, ident: str) -> State:
-    """By ID, or from a path."""
+@contextmanager
+def _open(store: CheckpointStore, ident: str) -> Generator[State]:
+    """By ID, or from a path; what is beyond memory is read while it is open."""
     if not ident.isdigit() and Path(ident).exists():
         with open_outside(Path(ident)) as outside:
-            return load_generation(outside.files, outside.step)
-    return store.load(step_of(store, ident))
+            yield load_outside(outside, ident)
+    else:
+        yield load_of(store, ident)
 
 
 def _row(found: Listed, now_s: float) -> dict[str, Any]:
@@ -211,6 +229,7 @@ def _row(found: Listed, now_s: float) -> dict[str, Any]:
         "age_s": round(max(0.0, now_s - made.created_ms / 1000)),
         "bytes": found.generation.bytes,
         "series": found.generation.series,
+        "series_stored": found.generation.stored,
         "name": made.settings.name,
         "lineage": made.lineage,
         "revision": made.revision,
@@ -224,9 +243,9 @@ def _cells(row: dict[str, Any]) -> tuple[str, ...]:
     if row["aside"]:
         state = f"put aside as {row['aside']}: {state}"
     if not row["valid"]:
-        return (str(row["step"]), *[""] * 7, state, "")
+        return (str(row["step"]), *[""] * 8, state, "")
     where = " ".join(f"{p['topic']}-{p['partition']}@{p['next_offset']}" for p in row["positions"])
-    size = (f"{row['bytes']:,}", f"{row['series']:,}")
+    size = [f"{row[k]:,}" for k in ("bytes", *_SERIES)]
     run = (row["name"], row["lineage"][:_SHORT], str(row["revision"]))
     return (str(row["step"]), row["time"], _age(row["age_s"]), *size, *run, state, where)
 
@@ -245,7 +264,10 @@ def _print_facts(told: dict[str, Any]) -> None:
         click.echo(f"  excluded     {r['topic']}-{r['partition']}, offsets {r['start']} to {r['end'] - 1}")
     stands = f"progress offset {progress['offset']}" if progress else "nothing: it precedes the chain"
     click.echo(f"  stands on    {stands}")
-    click.echo(f"  content      {told['series']:,} series, {told['bytes']:,} bytes{_each(told['bytes_per_series'])}")
+    click.echo(
+        f"  content      {told['series']:,} series in memory, {told['series_stored']:,} stored, {told['bytes']:,} bytes"
+        f"{_each(told['bytes_per_series'])}"
+    )
     click.echo(f"  counters     {', '.join(f'{name} {value}' for name, value in told['counters'].items()) or 'none'}")
     if told["queued_windows"] is not None:
         click.echo(f"  queue        {told['queued_windows']} windows wait for the next update")
@@ -293,6 +315,8 @@ def _print_difference(found: Difference, a: str, b: str) -> None:
         "gone": len(series.gone),
     }
     click.echo(f"  series: {', '.join(f'{count:,} {what}' for what, count in counts.items())}")
+    for what, pair in (("in memory", series.in_memory), ("stored", series.stored)):
+        click.echo(f"    {what}: {pair.a:,} -> {pair.b:,}")
     for what, names in (("added", series.added), ("gone", series.gone)):
         for ident in names[:_MOST_NAMED]:
             click.echo(f"    {what}: {ident.topic}-{ident.partition} {ident.key}")

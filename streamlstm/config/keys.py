@@ -263,6 +263,17 @@ def changed(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     )
 
 
+def tell_changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+    """
+    Which keys were changed, and from what to what, as an operator is told; empty when none was.
+
+    >>> tell_changes({"model.seed": 1, "season": None}, {"model.seed": 1, "season": "1d"})
+    'keys were changed: season (was null, is "1d")'
+    """
+    told = [f"{path} (was {json.dumps(old.get(path))}, is {json.dumps(new.get(path))})" for path in changed(old, new)]
+    return f"keys were changed: {', '.join(told)}" if told else ""
+
+
 def hash_values(plain: Mapping[str, Any]) -> str:
     """SHA-256 (hex) of keys and their values."""
     canonical = json.dumps(plain, sort_keys=True, separators=(",", ":"), allow_nan=False)

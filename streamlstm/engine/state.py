@@ -131,7 +131,7 @@ class EngineState:
 
         That of the series is over one digest per series, sorted: it knows no order of series, nor where they are kept.
         """
-        digests = [digest for rows in self.rows() for digest in _digest_rows(rows)]
+        digests = [digest for rows in self.rows() for digest in digest_rows(rows)]
         return {
             "weights": _digest(self.weights),
             "training": _digest(self.training),
@@ -148,7 +148,7 @@ class EngineState:
             yield from self.stored.rows(*place)
 
 
-def _digest_rows(rows: Rows) -> list[bytes]:
+def digest_rows(rows: Rows) -> list[bytes]:
     """One SHA-256 per series: of who it is, and of its row of every column."""
     names = sorted(rows.columns)
     told = ";".join(f"{name}:{rows.columns[name].dtype}:{tuple(rows.columns[name].shape[1:])}" for name in names)

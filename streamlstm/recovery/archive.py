@@ -5,6 +5,7 @@ It appears whole or not at all, and only after what is on the disk was read back
 the same bytes.
 """
 
+import errno
 import os
 import tarfile
 from collections.abc import Generator, Mapping
@@ -12,7 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import IO, NamedTuple, cast
 
-from streamlstm.errors import CheckpointError, StreamlstmError
+from streamlstm.errors import CheckpointError, CheckpointNotWritten
 from streamlstm.recovery.checkpoint import CheckpointStore
 from streamlstm.recovery.directory import DirectoryFiles
 from streamlstm.recovery.disk import Disk
@@ -21,10 +22,13 @@ from streamlstm.recovery.generations import (
     MANIFEST_LIMIT,
     Files,
     Generation,
+    Loaded,
+    load_generation,
     parse_manifest,
     read_header,
     verify_generation,
 )
+from streamlstm.recovery.inspection import blaming
 from streamlstm.recovery.place import name_of
 
 _MODE = 0o600
@@ -66,11 +70,11 @@ def export(store: CheckpointStore, step: int, out: Path, disk: Disk | None = Non
     Write a generation to ``out``, which must not exist, and check what was written.
 
     Raises :class:`~streamlstm.errors.CheckpointError` when the generation is bad, or was pruned meanwhile by a running
-    service; :class:`~streamlstm.errors.StreamlstmError` when the file cannot be written.
+    service; :class:`~streamlstm.errors.CheckpointNotWritten` when the file cannot be written, and ``FileExistsError``.
     """
     disk = disk or Disk()
     if out.exists() or out.is_symlink():
-        raise StreamlstmError(f"{out} exists: name another file, or remove it")
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(out))
     temporary = out.with_name(f".{out.name}.tmp-{os.getpid()}")
     try:
         with disk.create(temporary) as file:
@@ -82,7 +86,9 @@ def export(store: CheckpointStore, step: int, out: Path, disk: Disk | None = Non
         disk.rename(temporary, out)
         disk.sync_directory(out.parent)
     except OSError as error:
-        raise StreamlstmError(f"cannot write {out}: {error.strerror or error}") from error
+        raise CheckpointNotWritten(
+            f"cannot write {out}: {error.strerror or error}; look at the disk, or name a file elsewhere"
+        ) from error
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
@@ -97,17 +103,23 @@ def open_outside(path: Path) -> Generator[Outside, None, None]:
     Raises :class:`~streamlstm.errors.CheckpointError` when it is neither.
     """
     if path.is_dir():
-        yield _opened(DirectoryFiles(path))
+        yield _opened(path, DirectoryFiles(path))
         return
     try:
         with tarfile.open(path, mode="r:") as tar:
-            yield _opened(ArchiveFiles(path, tar))
+            yield _opened(path, ArchiveFiles(path, tar))
     except tarfile.TarError as error:
         raise CheckpointError(f"{path} is no archive of a checkpoint: {error}") from error
 
 
-def _opened(files: Files) -> Outside:
-    with files.manifest() as file:
+def load_outside(outside: Outside, what: str) -> Loaded:
+    """The state in one that is called ``what``; series beyond memory are read while it is open."""
+    with blaming(what):
+        return load_generation(outside.files, outside.step)
+
+
+def _opened(path: Path, files: Files) -> Outside:
+    with blaming(str(path)), files.manifest() as file:
         return Outside(parse_manifest(file.read(MANIFEST_LIMIT + 1)).step, files)
 
 

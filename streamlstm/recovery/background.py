@@ -6,6 +6,7 @@ import queue
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 
 from streamlstm.engine.state import EngineState
@@ -63,8 +64,9 @@ def in_a_thread(work: Callable[[], None]) -> None:
 
     def politely() -> None:
         if sys.platform == "linux":
-            # Of this thread, and of those that it starts.
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), os.getpriority(os.PRIO_PROCESS, 0) + _NICE)
+            # Of this thread, and of those that it starts. Where it is forbidden, the loop waits a little more.
+            with suppress(OSError):
+                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), os.getpriority(os.PRIO_PROCESS, 0) + _NICE)
         work()
 
     threading.Thread(target=politely, name="checkpoint", daemon=True).start()

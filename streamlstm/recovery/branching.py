@@ -14,7 +14,7 @@ from streamlstm.recovery.checkpoint import CheckpointStore
 from streamlstm.recovery.exclusions import merge_ranges
 from streamlstm.recovery.generations import Generation
 from streamlstm.recovery.progress import Branch, Chain, Record, encode_record, read_chain
-from streamlstm.recovery.standing import judge_fenced, why_not_on
+from streamlstm.recovery.standing import judge_fenced, why_not_back
 from streamlstm.transport.interfaces import Fenced, Outputs, Position, ProgressEntry, ProgressLog, Publisher
 
 
@@ -51,9 +51,9 @@ def revert(
     chain = read_chain(progress.read(), name)  # 4
     if chain.tip is None:
         raise DataError(f"the progress log of {name!r} is empty: there is nothing to go back from")
-    reason = why_not_on(chain, generation)  # 5
-    if reason is not None:
-        raise CheckpointError(f"the chain cannot go back to the checkpoint of step {step}: {reason}")
+    refused = why_not_back(chain, store, generation)  # 5
+    if refused is not None:
+        raise CheckpointError(refused)
     check_excluded(exclude, generation.provenance.positions, step)
     known = generation.provenance.excluded if chain.excluded is None else chain.excluded
     revision = max(chain.revision, generation.provenance.revision) + 1

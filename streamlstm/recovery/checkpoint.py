@@ -42,7 +42,7 @@ from streamlstm.recovery.generations import (
 )
 from streamlstm.recovery.leavers import Base, LeaversPlan
 from streamlstm.recovery.objects import ObjectPrefix, connect
-from streamlstm.recovery.place import Attempt, Place, name_of, step_of_bad
+from streamlstm.recovery.place import CHECKPOINT_URL, Attempt, Place, name_of, step_of_bad
 from streamlstm.recovery.progress import Link
 from streamlstm.recovery.scratch import Scratch, ScratchView
 from streamlstm.transport.interfaces import Frozen
@@ -77,15 +77,15 @@ class Keep(NamedTuple):
     daily: int = 0
 
 
-def open_store(url: str | Path, disk: Disk | None = None) -> "CheckpointStore":
+def open_store(url: str | Path, disk: Disk | None = None, setting: str = CHECKPOINT_URL) -> "CheckpointStore":
     """
-    The store that ``checkpoint.url`` names: a directory, or a prefix in an object store. Nothing is touched yet.
+    The store that ``setting`` names: a directory, or a prefix in an object store. Nothing is touched yet.
 
     Raises ``ValueError`` for a URL that is neither.
     """
     remote = split_object_url(url) if isinstance(url, str) else None
     if remote is None:
-        return CheckpointStore(Directory(Path(url), disk))
+        return CheckpointStore(Directory(Path(url), disk, setting))
     root = f"{remote.bucket}/{remote.prefix}".rstrip("/")
     return CheckpointStore(ObjectPrefix(mask_credentials(str(url)), root, lambda: connect(remote)))
 
@@ -110,6 +110,11 @@ class CheckpointStore:
         return self._place.name
 
     @property
+    def setting(self) -> str:
+        """The key or the option by which the operator named the place."""
+        return self._place.setting
+
+    @property
     def directory(self) -> Path | None:
         """The place, where it is a directory of this machine."""
         return self._place.directory
@@ -127,15 +132,22 @@ class CheckpointStore:
         except OSError as error:
             if error.errno in _SETUP:
                 raise self._unfit(error) from error
-            raise CheckpointNotWritten(f"checkpoint.url: {self.name}: {error.strerror or error}") from error
+            raise CheckpointNotWritten(f"{self._where()}: {error.strerror or error}") from error
         return self
 
     def _unfit(self, error: OSError) -> ConfigError:
-        return ConfigError(f"checkpoint.url: {self.name}: {error.strerror or error}; it must be {self._place.needs}")
+        return ConfigError(f"{self._where()}: {error.strerror or error}; it must be {self._place.needs}")
+
+    def _where(self) -> str:
+        return f"{self.setting}: {self.name}"
 
     def close(self) -> None:
         """Let go of the place."""
         self._place.close()
+
+    def leave(self) -> None:
+        """Let go of the place; where :meth:`open` made it and nothing was written, it is as if it had never been."""
+        self._place.leave()
 
     def steps(self) -> list[int]:
         """
@@ -375,7 +387,9 @@ class CheckpointStore:
         done = time.perf_counter()
         fsync_s += done - committing
         size = len(manifest) + sum(entry.bytes for entry in listed.values())
-        generation = Generation(state.step, digest_manifest(manifest), size, len(state.series), provenance)
+        left = leavers.told()
+        stored = left.series if left else 0
+        generation = Generation(state.step, digest_manifest(manifest), size, len(state.series), stored, provenance)
         if isinstance(state.stored, ScratchView):
             self._last = weakref.ref(state.stored.scratch), generation.step, generation.digest
         return Written(generation, write_s=done - began - fsync_s, fsync_s=fsync_s)

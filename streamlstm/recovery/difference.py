@@ -1,12 +1,14 @@
 """How two stored states differ, to the bit: where they stand, what made them, what they learnt and keep per series."""
 
 from collections.abc import Iterator, Mapping
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from streamlstm.engine.state import EngineState
+from streamlstm.engine.state import EngineState, digest_rows
 from streamlstm.records.batch import SeriesId
 from streamlstm.recovery.fingerprint import compare_fingerprints
 from streamlstm.recovery.generations import Loaded, Provenance
@@ -21,6 +23,14 @@ class Pair:
     name: str
     a: Value
     b: Value
+
+
+@dataclass(frozen=True, slots=True)
+class Count:
+    """How many there are in each of the two."""
+
+    a: int
+    b: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,15 +52,18 @@ class TensorDifference:
 @dataclass(frozen=True, slots=True)
 class SeriesDifference:
     """
-    Series only ``b`` has, only ``a`` has, in both with other bits, and with the same; of those in memory.
+    Series only ``b`` has, only ``a`` has, in both with other bits, and with the same; in memory or beyond it.
 
-    ``columns`` counts the series that differ, by column; ``only`` are the columns that one of the two has.
+    ``in_memory`` and ``stored`` is how many are where. ``columns`` counts the series that differ, by column, of those
+    that both have in memory; ``only`` are the columns that one of the two has.
     """
 
     added: tuple[SeriesId, ...]
     gone: tuple[SeriesId, ...]
     changed: tuple[SeriesId, ...]
     same: int
+    in_memory: Count
+    stored: Count
     columns: Mapping[str, int]
     only: tuple[str, ...]
 
@@ -79,7 +92,7 @@ def compare(a: Loaded, b: Loaded) -> Difference:
     then, now = a.generation.provenance, b.generation.provenance
     weights = tuple(_compare_tensors(a.state.weights, b.state.weights))
     training = tuple(_compare_tensors(a.state.training, b.state.training))
-    series = _compare_series(a.state, b.state)
+    series = _compare_series(a, b)
     same_meta = a.state.meta == b.state.meta and a.state.step == b.state.step
     return Difference(
         equal=same_meta and a.state.digests() == b.state.digests(),
@@ -141,10 +154,12 @@ def _largest(a: Tensor, b: Tensor) -> float:
     return float(torch.where(gap.isnan(), torch.inf, gap).max())
 
 
-def _compare_series(a: EngineState, b: EngineState) -> SeriesDifference:
+def _compare_series(one: Loaded, other: Loaded) -> SeriesDifference:
+    a, b = one.state, other.state
     row_a = {series: i for i, series in enumerate(a.series)}
     row_b = {series: i for i, series in enumerate(b.series)}
     both = sorted(row_a.keys() & row_b.keys())
+    elsewhere_a, elsewhere_b = (_digests_but(state, set(both)) for state in (a, b))
     here = torch.tensor([row_a[series] for series in both], dtype=torch.int64)
     there = torch.tensor([row_b[series] for series in both], dtype=torch.int64)
     differs = torch.zeros(len(both), dtype=torch.bool)
@@ -160,15 +175,30 @@ def _compare_series(a: EngineState, b: EngineState) -> SeriesDifference:
         if then.shape != now.shape or then.dtype != now.dtype:
             only.append(name)
             continue
-        other = _bits_differ(then, now)
-        if other.any():
-            columns[name] = int(other.sum())
-            differs |= other
+        differ = _bits_differ(then, now)
+        if differ.any():
+            columns[name] = int(differ.sum())
+            differs |= differ
+    moved = elsewhere_a.keys() & elsewhere_b.keys()
+    changed = {series for series, differ in zip(both, differs.tolist(), strict=True) if differ}
+    changed |= {series for series in moved if elsewhere_a[series] != elsewhere_b[series]}
     return SeriesDifference(
-        added=tuple(sorted(row_b.keys() - row_a.keys())),
-        gone=tuple(sorted(row_a.keys() - row_b.keys())),
-        changed=tuple(series for series, other in zip(both, differs.tolist(), strict=True) if other),
-        same=len(both) - int(differs.sum()),
+        added=tuple(sorted(elsewhere_b.keys() - moved)),
+        gone=tuple(sorted(elsewhere_a.keys() - moved)),
+        changed=tuple(sorted(changed)),
+        same=len(both) + len(moved) - len(changed),
+        in_memory=Count(len(a.series), len(b.series)),
+        stored=Count(one.generation.stored, other.generation.stored),
         columns=columns,
         only=tuple(only),
     )
+
+
+def _digests_but(state: EngineState, but: AbstractSet[SeriesId]) -> dict[SeriesId, bytes]:
+    """A digest of every series, in memory or beyond it, but of these."""
+    found: dict[SeriesId, bytes] = {}
+    for rows in state.rows():
+        others = rows.pick(np.flatnonzero([series not in but for series in rows.series]))
+        if others.series:
+            found.update(zip(others.series, digest_rows(others), strict=True))
+    return found

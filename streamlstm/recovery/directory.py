@@ -14,14 +14,14 @@ import os
 import re
 import stat
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
 from streamlstm.errors import CheckpointError, Temporary
 from streamlstm.recovery.disk import Disk
 from streamlstm.recovery.generations import MANIFEST
-from streamlstm.recovery.place import name_of, step_of_bad
+from streamlstm.recovery.place import CHECKPOINT_URL, name_of, step_of_bad
 
 _LOCK = "lock"
 _GENERATION = re.compile(r"\d{20}")
@@ -35,10 +35,11 @@ class Directory:
 
     needs = "a directory this user can write, in one that exists"
 
-    def __init__(self, path: Path, disk: Disk | None = None) -> None:
-        self.directory = path
+    def __init__(self, path: Path, disk: Disk | None = None, setting: str = CHECKPOINT_URL) -> None:
+        self.directory, self.setting = path, setting
         self._disk = disk or Disk()
         self._lock: int | None = None
+        self._made = False
         self._attempts = 0
 
     @property
@@ -58,11 +59,12 @@ class Directory:
         try:
             if not self.directory.exists():
                 self._disk.make_directory(self.directory)
+                self._made = True
             if not self.directory.is_dir():
                 raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
             if not os.access(self.directory, os.W_OK | os.X_OK | os.R_OK):
                 raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-            self._take_lock()
+            self._take_lock(self._open_lock())
             if not self.steps():
                 # Whoever made the directory may have been cut off before its name was safe, and then all in it is not.
                 self._disk.sync_directory(self.directory.parent)
@@ -78,6 +80,15 @@ class Directory:
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
+
+    def leave(self) -> None:
+        """Let go of it, and remove it if it was made here and has come to hold nothing."""
+        if self._lock is not None and self._made and self._names() == [_LOCK]:
+            with suppress(OSError):
+                # While it is locked: whoever opened it before finds that it is not the one that is there any more.
+                (self.directory / _LOCK).unlink()
+                self.directory.rmdir()
+        self.close()
 
     def steps(self) -> list[int]:
         """See :class:`~streamlstm.recovery.place.Place`."""
@@ -122,9 +133,11 @@ class Directory:
     def _names(self) -> list[str]:
         return _names(self.directory) if self.directory.exists() else []
 
-    def _take_lock(self) -> None:
+    def _open_lock(self) -> int:
         flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-        fd = os.open(self.directory / _LOCK, flags, 0o600)
+        return os.open(self.directory / _LOCK, flags, 0o600)
+
+    def _take_lock(self, fd: int) -> None:
         self._lock = fd
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -132,9 +145,13 @@ class Directory:
             holder = os.read(fd, 32).decode(errors="replace").strip()
             self.close()
             raise Temporary(
-                f"checkpoint.url: {self.directory} is in use by another process"
+                f"{self.setting}: {self.directory} is in use by another process"
                 f"{f' (pid {holder})' if holder.isdigit() else ''}; it holds the lock until it ends"
             ) from error
+        there = _stat(self.directory / _LOCK)
+        if there is None or not os.path.samestat(there, os.fstat(fd)):
+            self.close()
+            raise Temporary(f"{self.setting}: {self.directory} is being left by another process; start again")
         os.ftruncate(fd, 0)
         os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
 
@@ -244,6 +261,13 @@ class DirectoryFiles:
         if any(part.is_symlink() or not part.is_dir() for part in (self._path, path)):
             raise CheckpointError("not a directory")
         return path
+
+
+def _stat(path: Path) -> os.stat_result | None:
+    try:
+        return path.stat(follow_symlinks=False)
+    except FileNotFoundError:
+        return None
 
 
 def _names(directory: Path) -> list[str]:

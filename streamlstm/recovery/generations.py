@@ -107,12 +107,17 @@ class Provenance:
 
 @dataclass(frozen=True, slots=True)
 class Generation:
-    """One checkpoint that is whole. ``digest`` is that of its manifest, and so of every byte in it."""
+    """
+    One checkpoint that is whole. ``digest`` is that of its manifest, and so of every byte in it.
+
+    ``series`` are in memory, ``stored`` beyond it.
+    """
 
     step: int
     digest: str
     bytes: int
     series: int
+    stored: int
     provenance: Provenance
 
 
@@ -268,7 +273,8 @@ class Header(NamedTuple):
             leader_epochs={(p.topic, p.partition): e for p in meta.positions if (e := p.leader_epoch) is not None},
         )
         size = len(self.sealed) + sum(entry.bytes for entry in manifest.files.values())
-        return Generation(meta.step, digest_manifest(self.sealed), size, meta.series, made)
+        stored = meta.left.series if meta.left else 0
+        return Generation(meta.step, digest_manifest(self.sealed), size, meta.series, stored, made)
 
 
 def read_header(files: Files, step: int, layout: Layout = LAYOUT) -> Header:

@@ -13,7 +13,7 @@ from streamlstm.config.keys import changed
 from streamlstm.errors import CheckpointError
 from streamlstm.recovery.checkpoint import CheckpointStore
 from streamlstm.recovery.fingerprint import Fingerprint, compare_fingerprints
-from streamlstm.recovery.generations import MANIFEST, Generation, Header, NewerSchema, Settings
+from streamlstm.recovery.generations import MANIFEST, Generation, Header, Loaded, NewerSchema, Settings
 from streamlstm.recovery.place import step_of_bad
 from streamlstm.recovery.progress import Value
 
@@ -59,7 +59,7 @@ def list_generations(store: CheckpointStore) -> list[Listed]:
 def none_there(store: CheckpointStore) -> str:
     """What to say of a store without a generation. A directory that does not exist may be a mistyped one."""
     if store.directory is not None and not store.directory.exists():
-        return f"no checkpoint: {store.name} does not exist; is checkpoint.url right?"
+        return f"no checkpoint: {store.name} does not exist; is {store.setting} right?"
     return f"no checkpoint in {store.name}"
 
 
@@ -79,6 +79,13 @@ def step_of(store: CheckpointStore, ident: str) -> int:
         there = ", ".join(map(str, steps))
         raise CheckpointError(f"there is no checkpoint {ident!r} in {store.name}; there is: {there} (or {LATEST})")
     return step
+
+
+def load_of(store: CheckpointStore, ident: str) -> Loaded:
+    """The state that an operator means, as in :func:`step_of`. One that is bad is named, with what to do."""
+    step = step_of(store, ident)
+    with blaming(f"the checkpoint of step {step} in {store.name}"):
+        return store.load(step)
 
 
 @contextmanager
@@ -112,6 +119,7 @@ def describe(header: Header, now: Settings, here: Fingerprint) -> dict[str, Any]
     state = cast("dict[str, Any]", header.raw["state"])
     queue = state.get("queue")
     differences = compare_fingerprints(made.fingerprint, here)
+    all_series = generation.series + generation.stored
     return {
         "step": generation.step,
         "digest": generation.digest,
@@ -134,8 +142,9 @@ def describe(header: Header, now: Settings, here: Fingerprint) -> dict[str, Any]
         "fingerprint_differs": differences,
         "bits_match": not differences,
         "series": generation.series,
+        "series_stored": generation.stored,
         "bytes": generation.bytes,
-        "bytes_per_series": round(_series_bytes(files) / generation.series, 1) if generation.series else None,
+        "bytes_per_series": round(_series_bytes(files) / all_series, 1) if all_series else None,
         "counters": counters_of(state),
         "queued_windows": len(queue["series"]) if isinstance(queue, dict) and "series" in queue else None,
         "files": {**files, MANIFEST: len(header.sealed)},

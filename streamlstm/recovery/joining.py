@@ -6,8 +6,7 @@ they were as short as records came, and when they are computed again nobody wait
 digest is still told.
 """
 
-from collections.abc import Callable, Container, Generator, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -20,16 +19,7 @@ from streamlstm.recovery.progress import RecordedStep
 
 MOST_OFFSETS = 8192
 MOST_STEPS = 64
-"""What is joined is read at once: so many cuts, of about 1 MiB each and twice, bound the memory."""
-
-
-class Fetched(NamedTuple):
-    """What steps are computed from: their messages without what is excluded, decoded; ``read`` were read for it."""
-
-    steps: Sequence[RecordedStep]
-    used: Messages
-    batch: RecordBatch
-    read: int
+"""What is joined is read at once: so many cuts, of about 1 MiB each, bound the memory."""
 
 
 class Computed(NamedTuple):
@@ -74,38 +64,18 @@ def join_steps(
         yield joined
 
 
-def fetch_ahead(
-    joined: Iterable[Sequence[RecordedStep]],
+def compute_together(
+    engine: Steppable,
+    steps: Sequence[RecordedStep],
     read: Callable[[Cut], Messages],
     decode: Callable[[Messages], RecordBatch],
     excluded: Sequence[Range],
-) -> Generator[Fetched]:
-    """
-    What each of these is computed from. The next one is read in a thread of its own while one is computed.
-
-    To be closed: nobody reads any more then.
-    """
-
-    def fetch(steps: Sequence[RecordedStep]) -> Fetched:
-        messages = read(tuple(r for step in steps for r in step.cut))
-        used, _ = drop_excluded(messages, excluded)
-        return Fetched(steps, used, replace(decode(used), steps=len(steps)), len(messages))
-
-    with ThreadPoolExecutor(1, "replay-read") as reader:
-        coming: Future[Fetched] | None = None
-        for steps in joined:
-            before, coming = coming, reader.submit(fetch, steps)
-            if before is not None:
-                yield before.result()
-        if coming is not None:
-            yield coming.result()
-
-
-def compute_together(engine: Steppable, fetched: Fetched) -> Computed:
+) -> Computed:
     """Compute these steps again. Raises :class:`~streamlstm.errors.ProgressError` when the engine stands elsewhere."""
-    steps = fetched.steps
-    report = engine.step(fetched.batch)
+    messages = read(tuple(r for step in steps for r in step.cut))
+    used, _ = drop_excluded(messages, excluded)
+    report = engine.step(replace(decode(used), steps=len(steps)))
     if report.step != steps[-1].number:
         raise ProgressError(f"computing step {steps[-1].number} again, the engine counts {report.step}")
     digests = [digest.hex() for digest in report.digests([len(step.cut) for step in steps])]
-    return Computed(steps, digests, report, fetched.used, fetched.read)
+    return Computed(steps, digests, report, used, len(messages))

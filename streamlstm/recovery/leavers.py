@@ -33,9 +33,13 @@ class Leaving(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Left(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """What ``meta.json`` says of them. If ``until`` is given, rows last seen no later do not count."""
+    """
+    What ``meta.json`` says of them. If ``until`` is given, rows last seen no later do not count. ``series`` is how many
+    they are, and so how many rows of the files count.
+    """
 
     until: int | None
+    series: int
     files: tuple[Leaving, ...]
 
 
@@ -55,6 +59,7 @@ class LeaversPlan:
         self.files: dict[str, Callable[[Sink], object]] = {}
         self._written: list[Leaving] = []
         self._until: int | None = None
+        self._linked_series = 0
         stored = state.stored
         if stored is None:
             return
@@ -66,6 +71,7 @@ class LeaversPlan:
             held = sum(file.rows for file in base.files) + sum(new for _, new in counts)
             if held <= 2 * sum(live for live, _ in counts):
                 self.linked, after = base.files, base.step
+                self._linked_series = sum(live - new for live, new in counts)
         for topic, partition in stored.places():
             place = Place(topic, partition)
             if isinstance(stored, ScratchView):
@@ -77,7 +83,8 @@ class LeaversPlan:
     def told(self) -> Left | None:
         """For ``meta.json``; complete once every file was written. ``None`` = nobody left."""
         files = (*self.linked, *self._written)
-        return Left(self._until, files) if files else None
+        series = self._linked_series + sum(file.rows for file in self._written)
+        return Left(self._until, series, files) if files else None
 
     def _add(self, place: Place, step: int, columns: dict[str, Column], pieces: Callable[[], Iterator[Rows]]) -> None:
         name = file_name("stored", place, step)

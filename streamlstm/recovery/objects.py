@@ -37,7 +37,7 @@ import pyarrow.fs as pafs
 from streamlstm.config.urls import ObjectUrl
 from streamlstm.errors import CheckpointError, ConfigError, StreamlstmError, Temporary
 from streamlstm.recovery.generations import MANIFEST, digest_manifest, parse_manifest
-from streamlstm.recovery.place import name_of, step_of_bad
+from streamlstm.recovery.place import CHECKPOINT_URL, name_of, step_of_bad
 from streamlstm.transport.deadline import underway
 
 LIMIT_S = 28.0
@@ -118,6 +118,7 @@ class ObjectPrefix:
     """A :class:`~streamlstm.recovery.place.Place` in an object store. ``root`` is ``bucket/prefix``."""
 
     directory = None
+    setting = CHECKPOINT_URL
     needs = "a bucket that exists, in which the credentials found here may list, read, write and delete"
 
     def __init__(
@@ -148,6 +149,10 @@ class ObjectPrefix:
     def close(self) -> None:
         """See :class:`~streamlstm.recovery.place.Place`."""
         self._opened = False
+
+    def leave(self) -> None:
+        """See :class:`~streamlstm.recovery.place.Place`. A bucket is made by nobody here."""
+        self.close()
 
     def steps(self) -> list[int]:
         """See :class:`~streamlstm.recovery.place.Place`."""
@@ -509,7 +514,7 @@ def _as_os_error(error: BaseException) -> BaseException:
 
 
 def _cannot_read(name: str, error: OSError) -> NoReturn:
-    what = f"checkpoint.url: {name}: {error.strerror or error}"
+    what = f"{CHECKPOINT_URL}: {name}: {error.strerror or error}"
     if error.errno in _SETUP | {errno.ENOTDIR}:
         raise ConfigError(what) from error
     raise Temporary(f"{what}; the store did not let itself be read, which says nothing about what is in it") from error

@@ -14,7 +14,7 @@ from streamlstm.recovery.checkpoint import CheckpointStore
 from streamlstm.recovery.exclusions import merge_ranges
 from streamlstm.recovery.generations import Generation
 from streamlstm.recovery.progress import Chain
-from streamlstm.recovery.standing import why_not_on
+from streamlstm.recovery.standing import why_not_back
 from streamlstm.transport.interfaces import Position
 
 
@@ -51,9 +51,9 @@ def look_ahead(
     made = generation.provenance
     if chain.tip is None:
         raise DataError("the progress log is empty: there is nothing to go back from")
-    reason = why_not_on(chain, generation)
-    if reason is not None:
-        raise CheckpointError(f"the chain cannot go back to the checkpoint of step {step}: {reason}")
+    refused = why_not_back(chain, store, generation)
+    if refused is not None:
+        raise CheckpointError(refused)
     check_excluded(exclude, made.positions, step)
     _check_retained(earliest, generation)
 

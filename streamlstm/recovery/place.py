@@ -6,6 +6,9 @@ from typing import Protocol
 
 from streamlstm.recovery.generations import Files
 
+CHECKPOINT_URL = "checkpoint.url"
+"""The key that names the service's place."""
+
 
 class Draft(Protocol):
     """A file that is being written. It counts only once :meth:`sync` has returned."""
@@ -65,6 +68,11 @@ class Place(Protocol):
         ...
 
     @property
+    def setting(self) -> str:
+        """The key or the option by which the operator named it."""
+        ...
+
+    @property
     def needs(self) -> str:
         """What must be there before a start, for the operator."""
         ...
@@ -75,6 +83,10 @@ class Place(Protocol):
 
     def close(self) -> None:
         """Let go of it."""
+        ...
+
+    def leave(self) -> None:
+        """Let go of it, and leave nothing behind where :meth:`open` made it and nothing has come to be in it."""
         ...
 
     def steps(self) -> list[int]:

@@ -6,23 +6,22 @@ is compared is all that the chain says (the digest of what each step gave) and a
 training and series of each generation that lies on the way).
 """
 
-from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import closing
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
-from streamlstm.config.keys import changed
+from streamlstm.config.keys import tell_changes
 from streamlstm.errors import CheckpointError, ConfigError, ProgressError
 from streamlstm.records.batch import Cut, Messages
 from streamlstm.recovery.checkpoint import CheckpointStore, Refused
 from streamlstm.recovery.fingerprint import Fingerprint, compare_fingerprints
 from streamlstm.recovery.generations import Generation, Loaded, Settings
-from streamlstm.recovery.joining import Computed, compute_together, fetch_ahead, join_steps
+from streamlstm.recovery.joining import Computed, compute_together, join_steps
 from streamlstm.recovery.making import EngineMaker, Steppable
 from streamlstm.recovery.progress import Chain, RecordedStep
 from streamlstm.recovery.resume import Decode, seek_to_replay
 from streamlstm.recovery.segments import Segments
-from streamlstm.recovery.standing import why_not_on
+from streamlstm.recovery.standing import steps_on, why_not_on
 from streamlstm.transport.interfaces import LiveSource
 
 
@@ -153,26 +152,25 @@ def prove(
     """
     loaded = bench.store.load(generation.step)
     verdict = Verdict(generation.step, last)
-    on_the_way = set(_generations(bench.store, chain, generation.step, last))
-    with closing(_recompute(bench, chain, loaded, last, on_the_way)) as recomputed:
-        for engine, done in recomputed:
-            verdict.steps += len(done.steps)
-            verdict.messages += done.read
-            verdict.records += sum(done.report.counts().values())
-            verdict.updates += len(done.report.updates)
-            for step, digest in zip(done.steps, done.digests, strict=True):
-                verdict.compared += step.digest is not None
-                if step.digest not in (None, digest):
-                    verdict.differs(Mismatch(step.number, "outputs", step.cut))
-            if done.steps[-1].number in on_the_way:
-                _compare_state(bench.store, engine, done.steps[-1], verdict)
-            each(verdict)
+    on_the_way = {step for step in steps_on(chain, bench.store) if generation.step < step <= last}
+    for engine, done in _recompute(bench, chain, loaded, last, on_the_way):
+        verdict.steps += len(done.steps)
+        verdict.messages += done.read
+        verdict.records += sum(done.report.counts().values())
+        verdict.updates += len(done.report.updates)
+        for step, digest in zip(done.steps, done.digests, strict=True):
+            verdict.compared += step.digest is not None
+            if step.digest not in (None, digest):
+                verdict.differs(Mismatch(step.number, "outputs", step.cut))
+        if done.steps[-1].number in on_the_way:
+            _compare_state(bench.store, engine, done.steps[-1], verdict)
+        each(verdict)
     return verdict
 
 
 def _recompute(
     bench: Bench, chain: Chain, loaded: Loaded, last: int, ends: set[int]
-) -> Generator[tuple[Steppable, Computed]]:
+) -> Iterator[tuple[Steppable, Computed]]:
     """The recorded steps after a generation, in order, up to ``last``; the engine as it is after each of ``ends``."""
     generation = loaded.generation
     made = generation.provenance
@@ -191,30 +189,14 @@ def _recompute(
     def read(cut: Cut) -> Messages:
         return bench.source.read(cut, bench.read_timeout_s)
 
-    with closing(fetch_ahead(join_steps(steps, ends), read, bench.decode, excluded)) as fetched:
-        for inputs in fetched:
-            engine = segments.engine_for(inputs.steps[0])
-            yield engine, compute_together(engine, inputs)
+    for joined in join_steps(steps, ends):
+        engine = segments.engine_for(joined[0])
+        yield engine, compute_together(engine, joined, read, bench.decode, excluded)
 
 
 def _check_settings(then: Mapping[str, object], now: Mapping[str, object]) -> None:
-    keys = changed(then, now)
-    if keys:
-        told = ", ".join(f"{key} (was {then.get(key)!r}, is {now.get(key)!r})" for key in keys)
-        raise ConfigError(f"the steps were computed under another configuration, set it back: {told}")
-
-
-def _generations(store: CheckpointStore, chain: Chain, after: int, last: int) -> Sequence[int]:
-    """Those between, that are whole as far as their JSON files say and on the chain."""
-    found: list[int] = []
-    for step in store.steps():
-        if after < step <= last:
-            try:
-                if why_not_on(chain, store.header(step).generation) is None:
-                    found.append(step)
-            except (CheckpointError, OSError, ProgressError):
-                continue
-    return found
+    if told := tell_changes(then, now):
+        raise ConfigError(f"{told}; the steps can be computed again only as they were: set them back")
 
 
 def _compare_state(store: CheckpointStore, engine: Steppable, step: RecordedStep, verdict: Verdict) -> None:

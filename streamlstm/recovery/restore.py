@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from streamlstm.config.keys import changed
+from streamlstm.config.keys import tell_changes
 from streamlstm.errors import CheckpointError, ConfigError
 from streamlstm.recovery.archive import open_outside
 from streamlstm.recovery.checkpoint import CheckpointStore
@@ -130,10 +130,9 @@ def _check(store: CheckpointStore, generation: Generation, rules: Rules, what: s
         raise CheckpointError(
             f"{here} is of run {made.lineage}, and those in {store.name} are of {', '.join(sorted(lineages))}"
         )
-    keys = changed(made.settings.identity, rules.now.identity)
-    if keys and generation.step > 0:
-        told = ", ".join(f"{key} was {made.settings.identity.get(key)!r}" for key in keys)
-        raise ConfigError(f"{here} was made under another configuration, set it back first: {told}")
+    told = tell_changes(made.settings.identity, rules.now.identity)
+    if told and generation.step > 0:
+        raise ConfigError(f"since {here} {told}; set them back first")
     oldest = min(store.steps(), default=generation.step)
     # An earlier attempt that was killed may have made way for it.
     made_way = any(step_of_bad(name) == generation.step for name in store.bad() if name != what)

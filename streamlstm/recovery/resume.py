@@ -6,11 +6,10 @@ same again and ends in the same state.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing
 from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple, Protocol
 
-from streamlstm.config.keys import changed, hash_values
+from streamlstm.config.keys import changed, hash_values, tell_changes
 from streamlstm.errors import (
     CheckpointError,
     ConfigError,
@@ -25,7 +24,7 @@ from streamlstm.recovery.branching import commit_record, describe_branch
 from streamlstm.recovery.checkpoint import CheckpointStore, Refused
 from streamlstm.recovery.fingerprint import Fingerprint, compare_fingerprints
 from streamlstm.recovery.generations import Generation, Loaded, NewerSchema, Provenance, Settings
-from streamlstm.recovery.joining import Computed, compute_together, fetch_ahead, join_steps
+from streamlstm.recovery.joining import Computed, compute_together, join_steps
 from streamlstm.recovery.making import EngineMaker, Steppable
 from streamlstm.recovery.progress import (
     Chain,
@@ -356,13 +355,10 @@ def _check_name(generation: Generation, where: str, name: str) -> None:
 
 
 def _check_identity(generation: Generation, settings: Settings) -> None:
-    keys = changed(generation.provenance.settings.identity, settings.identity)
-    if keys:
-        was = generation.provenance.settings.identity
-        told = ", ".join(f"{key} (was {was.get(key)!r}, is {settings.identity.get(key)!r})" for key in keys)
+    if told := tell_changes(generation.provenance.settings.identity, settings.identity):
         raise ConfigError(
-            f"keys that the state hangs on were changed: {told}; set them back, start anew with `run --fresh`, or give "
-            "the changed deployment a name, output topics and a checkpoint.url of its own"
+            f"{told}; the state hangs on them: set them back, start anew with `run --fresh`, or give the changed "
+            "deployment a name, output topics and a checkpoint.url of its own"
         )
 
 
@@ -550,7 +546,7 @@ def _rebuild(world: World, terms: Terms, chain: Chain, refusal: StreamlstmError)
         revision=chain.revision,
         excluded=chain.excluded or (),
     )
-    described = Generation(0, "", 0, 0, provenance)
+    described = Generation(0, "", 0, 0, 0, provenance)
     _check_topics(world.source, described)
     if lost := _lost(world.source, chain, described):
         raise _gone(lost)
@@ -583,11 +579,10 @@ def _steps_to_replay(chain: Chain, generation: Generation, settings: Settings) -
     if pending:
         # One that was trimmed away, or lies before the checkpoint, is the one that wrote it.
         newest = chain.incarnations[-1][1].learning if chain.incarnations else generation.provenance.settings.learning
-        if keys := changed(newest, settings.learning):
-            told = ", ".join(f"{key}: {newest.get(key)!r}" for key in keys)
+        if told := tell_changes(newest, settings.learning):
             raise ConfigError(
-                f"learning keys were changed, but {len(pending)} steps since the last checkpoint must be replayed with "
-                f"{told}; start once with these, stop with SIGTERM, and change them then"
+                f"{told}; but {len(pending)} steps since the last checkpoint must be replayed with them as they were: "
+                "set them back, start, stop with SIGTERM, and change them then"
             )
     return pending
 
@@ -628,15 +623,15 @@ def _replay(
     """The engine after the last recorded step, and how many messages were read for that."""
     newest, records = Repetition(world.repeat, chain, generation), 0
     seek_to_replay(world.source, chain, generation, excluded)
-    joined = join_steps(chain.to_replay(generation.step), alone=newest.wants)
-    with closing(fetch_ahead(joined, lambda cut: _read(world, terms, cut), world.decode, excluded)) as fetched:
-        for inputs in fetched:
-            done = compute_together(segments.engine_for(inputs.steps[0]), inputs)
-            if compare:
-                _compare(done)
-            newest.add(done.steps[-1], done.report, done.used)
-            records += done.read
-            witness.replayed(done.steps[-1].number, chain.last_step)
+    for joined in join_steps(chain.to_replay(generation.step), alone=newest.wants):
+        done = compute_together(
+            segments.engine_for(joined[0]), joined, lambda cut: _read(world, terms, cut), world.decode, excluded
+        )
+        if compare:
+            _compare(done)
+        newest.add(joined[-1], done.report, done.used)
+        records += done.read
+        witness.replayed(joined[-1].number, chain.last_step)
     newest.publish(witness.repeated, rebased=not compare)
     return segments.engine_under(terms.settings.learning), records
 

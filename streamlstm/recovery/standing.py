@@ -1,6 +1,7 @@
 """Whether a generation stands on the chain, and what it means when our producer is refused."""
 
-from streamlstm.errors import ProgressError, StreamlstmError, Superseded
+from streamlstm.errors import CheckpointError, ProgressError, StreamlstmError, Superseded
+from streamlstm.recovery.checkpoint import CheckpointStore
 from streamlstm.recovery.generations import Generation, Provenance
 from streamlstm.recovery.progress import Branch, Chain, Incarnation, Link, decode_record
 from streamlstm.transport.interfaces import Fenced, ProgressLog
@@ -43,6 +44,28 @@ def why_not_on(chain: Chain, generation: Generation) -> str | None:
     if generation.step == 0 and (chain.last_step or made.progress != chain.tip):
         return _why_not_zero(chain, made)
     return None
+
+
+def steps_on(chain: Chain, store: CheckpointStore) -> list[int]:
+    """The generations in a store that the chain goes on from, as far as their JSON files tell."""
+    found: list[int] = []
+    for step in store.steps():
+        try:
+            if why_not_on(chain, store.header(step).generation) is None:
+                found.append(step)
+        except (CheckpointError, OSError, ProgressError):
+            continue
+    return found
+
+
+def why_not_back(chain: Chain, store: CheckpointStore, generation: Generation) -> str | None:
+    """Why the chain cannot go back to this generation, and to which ones it can; ``None`` when it can."""
+    reason = why_not_on(chain, generation)
+    if reason is None:
+        return None
+    others = ", ".join(map(str, steps_on(chain, store)))
+    allowed = f"take one of {others}" if others else f"nor to any other in {store.name}"
+    return f"the chain cannot go back to the checkpoint of step {generation.step}: {reason}; {allowed}"
 
 
 def _check_lineage(chain: Chain, generation: Generation) -> None:

@@ -5,7 +5,9 @@ Invisible in every bit: who is where follows from ``series.max_series``, and no 
 """
 
 import dataclasses
+import shutil
 import tempfile
+import weakref
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Self
@@ -35,7 +37,7 @@ class Room:
 
     def __init__(self, directory: Path | None) -> None:
         self._directory = directory
-        self._temporary: tempfile.TemporaryDirectory[str] | None = None
+        self._temporary: Path | None = None
         if directory is not None and directory.is_dir():
             sweep(directory)
 
@@ -44,13 +46,18 @@ class Room:
         try:
             directory = self._directory
             if directory is None:
-                self._temporary = self._temporary or tempfile.TemporaryDirectory(prefix="streamlstm-")
-                directory = Path(self._temporary.name)
+                directory = self._temporary = self._temporary or self._make_temporary()
             else:
                 directory.mkdir(mode=0o700, exist_ok=True)
         except OSError as error:
             raise Temporary(f"no directory for series beyond series.max_series: {error}; look at the disk") from error
         return Scratch(directory, {name: values[:0] for name, values in columns.items()})
+
+    def _make_temporary(self) -> Path:
+        """It goes with this."""
+        made = tempfile.mkdtemp(prefix="streamlstm-")
+        weakref.finalize(self, shutil.rmtree, made, ignore_errors=True)
+        return Path(made)
 
 
 class TieredEngine:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
-from streamlstm.config.keys import changed
+from streamlstm.config.keys import tell_changes
 from streamlstm.engine.report import StepReport
 from streamlstm.engine.state import EngineState
 from streamlstm.errors import CheckpointError, CheckpointNotWritten, ConfigError, Temporary
@@ -61,11 +61,10 @@ def take_up(store: CheckpointStore, settings: Settings) -> Begun | None:
     if loaded.beside is None:
         raise CheckpointError(f"{store.name} holds checkpoints that no replay made; take another --checkpoint-to")
     was = loaded.generation.provenance.settings
-    keys = changed(was.identity, settings.identity) + changed(was.learning, settings.learning)
-    if keys:
+    if told := tell_changes({**was.identity, **was.learning}, {**settings.identity, **settings.learning}):
         raise ConfigError(
-            f"the replay in {store.name} was begun with another configuration: {', '.join(keys)} changed; set it "
-            "back, or begin again with another --checkpoint-to"
+            f"since the replay in {store.name} was begun {told}; set them back, or begin again with another "
+            "--checkpoint-to"
         )
     for bad in refused:
         store.put_aside(bad.step)

@@ -85,9 +85,14 @@ class FileSource:
         """
         for path, was, now in zip(self._paths, digests, self.file_digests(), strict=False):
             if was != now:
-                raise DataError(f"{path} is not what it was: its rows up to where reading goes on were changed")
+                raise DataError(
+                    f"{path} is not what it was: its rows up to where reading goes on were changed; give it as it was, "
+                    "or begin again with another --checkpoint-to"
+                )
         if len(self._paths) < len(digests):
-            raise DataError(f"{len(digests)} files were read, and {len(self._paths)} are given")
+            raise DataError(
+                f"{len(digests)} files were read, and {len(self._paths)} are given: give them all, in the same order"
+            )
 
     def poll(self, max_records: int, timeout_s: float) -> Messages | None:  # noqa: ARG002, because files never wait
         """The next rows, or ``None`` after the last one."""

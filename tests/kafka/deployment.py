@@ -1,7 +1,8 @@
 """A deployment under test: its configuration, its topics, and hands to fill and read them."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from broker import Cluster
@@ -28,6 +29,7 @@ class Deployment:
         *,
         deadline: str = "20s",
         delivery: str = "exactly_once",
+        decode: Mapping[str, Any] = MappingProxyType({}),
         **source: Any,
     ) -> None:
         self.cluster = cluster
@@ -37,7 +39,7 @@ class Deployment:
         self.config = Config.model_validate({
             "name": name,
             "source": {"bootstrap_servers": cluster.bootstrap, "topics": [self.input], **source},
-            "decode": {"series_id": ["@key"], "timestamp": {"path": "$.ts"}, "target": "$.value"},
+            "decode": {"series_id": ["@key"], "timestamp": {"path": "$.ts"}, "target": "$.value", **decode},
             "runtime": {"deadline": deadline},
             "sink": {"delivery": delivery},
             "checkpoint": {"url": str(directory / "state")},

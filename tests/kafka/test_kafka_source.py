@@ -14,6 +14,7 @@ from kafka.structs import TopicPartition
 
 from streamlstm.errors import ConfigError, DataError, LogCutBack, LogGap, Temporary, TopicChanged
 from streamlstm.records.batch import Messages, Range
+from streamlstm.service.replay import feed_merged
 from streamlstm.transport.interfaces import Position
 from streamlstm.transport.kafka.group import GroupOffsets
 from streamlstm.transport.kafka.source import CUT_BYTES, KafkaSource
@@ -444,6 +445,48 @@ def test_a_bomb_comes_as_one_message_for_its_offsets(deploy: Callable[..., Deplo
     ranges = [r for m in seen for r in m.cut]
     assert all(left.end == right.start for left, right in pairwise(ranges))
     assert ranges[-1].end == 15
+
+
+def with_a_bomb(deploy: Callable[..., Deployment], cluster: Cluster, before: int, **poll: int) -> Deployment:
+    """So many messages, a batch of 10 offsets that is too large once unpacked, and 200 messages."""
+    deployment = deploy(
+        cluster, poll=poll, decode={"max_bytes": 1 << 18, "max_batch_bytes": 1 << 20}
+    ).with_topics(partitions=1)  # fmt: skip
+    deployment.fill(0, numbered(before))
+    producer = deployment.producer(
+        compression_type="gzip", max_request_size=1 << 28, batch_size=1 << 28, linger_ms=5000
+    )
+    bomb = [producer.send(deployment.input, bytes(1 << 18), partition=0) for _ in range(10)]
+    producer.flush()
+    assert bomb[-1].get(60).offset == before + 9
+    deployment.fill(0, numbered(200, "w"))
+    return deployment
+
+
+def test_a_cut_that_ends_with_a_bomb_ends_behind_it(deploy: Callable[..., Deployment], cluster: Cluster) -> None:
+    """The client hands over no more than it is asked for: its position must be right when the bomb was the last."""
+    source = with_a_bomb(deploy, cluster, 3, max_records=4).source()
+    source.seek(source.resolve_start("earliest"))
+    seen = drain(source, 12, most=4)
+    assert (seen[0].offset.tolist(), seen[0].cut[0].end) == ([0, 1, 2, 12], 13)
+    for m in seen:
+        again = source.read(m.cut, 10)
+        assert (again.offset.tolist(), again.unread) == (m.offset.tolist(), m.unread)
+
+
+def test_a_bomb_that_lies_in_two_reads_of_a_merged_replay_counts_once_and_wholly(
+    deploy: Callable[..., Deployment], cluster: Cluster
+) -> None:
+    """A partition is read 2000 offsets at a time."""
+    source = with_a_bomb(deploy, cluster, 1995).source()
+    starts, ends = source.beginning_offsets(), source.end_offsets()
+    source.seek(starts)
+    seen = [fed.messages for fed in feed_merged(source, starts, ends, 10, 500)]
+    assert [one[:3] for m in seen for one in m.unread.values()] == [(1995, 2004, 10)]
+    assert sum(map(len, seen)) == 1995 + 1 + 200
+    ranges = [r for m in seen for r in m.cut]
+    assert all(left.end == right.start for left, right in pairwise(ranges))
+    assert (ranges[0].start, ranges[-1].end) == (0, 2205)
 
 
 @pytest.mark.parametrize("stamp", [0, 1, 2**53, 2**63 - 1])

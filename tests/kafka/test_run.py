@@ -191,6 +191,19 @@ def test_a_first_checkpoint_that_cannot_be_written_is_one_line_and_publishes_not
     assert deployment.progress().read() == []
 
 
+def test_a_start_that_is_refused_leaves_no_directory_behind(
+    deployment: Deployment, serve: Callable[..., Service], tmp_path: Path
+) -> None:
+    service = serve(deployment)
+    service.start()
+    service.wait_ready()
+    assert service.stop() == 0
+    service.start("--set", f"checkpoint.url={tmp_path / 'mistyped'}")
+    assert service.wait() == 65
+    assert f"{tmp_path / 'mistyped'} has no checkpoint" in service.complaint()
+    assert not (tmp_path / "mistyped").exists()
+
+
 def test_all_checkpoints_bad_is_refused_with_the_reason(deployment: Deployment, serve: Callable[..., Service]) -> None:
     service = serve(deployment)
     service.start()

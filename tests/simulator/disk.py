@@ -94,7 +94,9 @@ class Kernel:
         """An fsync failed: the pages are called clean and are gone; a directory's journal is what it was."""
         if inode.names is None:
             for at, what in inode.pending:
-                if at != "cut":
+                if at == "cut":
+                    inode.lost = {byte for byte in inode.lost if byte < what}
+                else:
                     inode.lost.update(range(at, at + len(what)))
             inode.pending.clear()
 

@@ -80,7 +80,7 @@ class _Batches(_PartitionRecords):
             aborted = self._aborted(tp, batch, excluded=excluded)
             if not (aborted or batch.is_control_batch):
                 if excluded:
-                    yield self._stand_in(batch, "excluded")
+                    yield self._instead(batch, "excluded")
                 else:
                     yield from self._records(tp, batch)
             self.next_fetch_offset = batch.next_offset
@@ -137,7 +137,7 @@ class _Batches(_PartitionRecords):
             try:
                 unpacked = unpack(batch.compression_type, packed, self.limit)
             except CannotUnpack as why:
-                yield self._stand_in(batch, str(why))
+                yield self._instead(batch, str(why))
                 return
             batch._buffer, batch._pos, batch._decompressed = unpacked, 0, True  # noqa: SLF001, because see above
         try:
@@ -150,9 +150,11 @@ class _Batches(_PartitionRecords):
         except kafka_errors.CorruptRecordError as error:
             raise _damaged(tp, batch.base_offset, batch.last_offset, _in_a_line(error)) from error
 
-    def _stand_in(self, batch: Any, why: str) -> Record:  # noqa: ANN401, because see above
-        """One record for a batch; reading may have begun in the middle of it."""
+    def _instead(self, batch: Any, why: str) -> Record:  # noqa: ANN401, because see above
+        """One record for a batch; reading may have begun in the middle of it, and goes on behind it."""
         last = batch.last_offset
+        # Before it is handed out: whoever takes no more than this one asks for the position next.
+        self.next_fetch_offset = batch.next_offset
         first = min(max(batch.base_offset, self.fetch_offset), last)
         records = max(1, min(batch.records_count, last - first + 1))
         unread = Unread(first, last, records, why)

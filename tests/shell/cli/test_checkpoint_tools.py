@@ -142,13 +142,23 @@ def test_verify_names_the_file_that_is_damaged_and_ends_with_65(capsys, config, 
     assert (steps(tmp_path), aside(tmp_path)) == ([0, 3, 7], [])
 
 
-@pytest.mark.parametrize("command", ["show", "restore", "export"])
+@pytest.mark.parametrize("command", ["show", "restore", "export", "diff"])
 def test_a_damaged_one_is_named_with_what_to_do(capsys, config, tmp_path, command):
     damage(tmp_path, 7)
-    options = ["--out", str(tmp_path / "x.tar")] if command == "export" else []
-    said = refused(capsys, 65, command, "latest", "-c", config, *options)
+    options = {"export": ["--out", str(tmp_path / "x.tar")], "diff": ["3"]}.get(command, [])
+    said = refused(capsys, 65, command, "latest", *options, "-c", config)
     assert f"the checkpoint of step 7 in {tmp_path / 'state'} is bad: model.pt is damaged" in said
     assert "take an older ID (`streamlstm checkpoint list`" in said
+
+
+@pytest.mark.parametrize("file", ["model.pt", "MANIFEST.json"])
+def test_a_damaged_one_at_a_path_is_named_by_its_path(capsys, config, tmp_path, file):
+    copy = tmp_path / "copy"
+    shutil.copytree(tmp_path / "state" / f"{7:020d}", copy)
+    (copy / file).write_bytes(b"{")
+    for command in (["diff", str(copy), "3"], ["restore", str(copy)]):
+        assert f"{copy} is bad: {file} " in (said := refused(capsys, 65, *command, "-c", config))
+        assert "take an older ID" in said
 
 
 def test_verify_of_one_does_not_look_at_the_others(capsys, config, tmp_path):
@@ -214,8 +224,16 @@ def test_exporting_twice_gives_the_same_bytes_and_never_overwrites(capsys, confi
     run(capsys, "export", "7", "-c", config, "--out", str(one))
     run(capsys, "export", "7", "-c", config, "--out", str(two))
     assert one.read_bytes() == two.read_bytes()
-    assert "exists" in refused(capsys, 1, "export", "3", "-c", config, "--out", str(one))
+    said = " ".join(refused(capsys, 2, "export", "3", "-c", config, "--out", str(one)).split())
+    assert "'--out'" in said or "--out:" in said
+    assert "exists: name another file, or remove it" in said
     assert one.read_bytes() == two.read_bytes()
+
+
+def test_an_export_that_cannot_be_written_is_a_matter_of_the_disk(capsys, config, tmp_path):
+    out = tmp_path / "missing" / "x.tar"
+    said = refused(capsys, 74, "export", "7", "-c", config, "--out", str(out))
+    assert f"cannot write {out}: No such file or directory; look at the disk, or name a file elsewhere" in said
 
 
 def test_a_damaged_checkpoint_is_not_exported(capsys, config, tmp_path):
@@ -300,7 +318,7 @@ def test_a_damaged_one_is_not_gone_back_to(capsys, config, tmp_path):
 
 def test_one_of_another_configuration_is_refused_with_what_was_changed(capsys, config, tmp_path):
     said = refused(capsys, 78, "restore", "3", "-c", config, "--set", "model.hidden_size=8")
-    assert "model.hidden_size was 64" in said
+    assert "since the checkpoint of step 3 keys were changed: model.hidden_size (was 64, is 8); set them back" in said
     assert steps(tmp_path) == [0, 3, 7]
 
 

@@ -117,7 +117,10 @@ def test_another_command_does_not_go_on(here: Here, options: list[object], says:
 def test_another_configuration_does_not_go_on(here: Here) -> None:
     here.said(*here.kept_options())
     assert here.run(*here.kept_options(), "--resume", "--set", "training.clip_norm=0.5") == 78
-    assert "training.clip_norm changed" in here.capsys.readouterr().err
+    told = (
+        f"since the replay in {here.kept} was begun keys were changed: training.clip_norm (was 1.0, is 0.5); set them"
+    )
+    assert told in here.capsys.readouterr().err
 
 
 @pytest.mark.parametrize("change", ["a value", "a row less", "rows in front", "cut short"])
@@ -137,7 +140,32 @@ def test_a_file_that_was_changed_is_named(here: Here, change: str) -> None:
     here.write("1.ndjson", lines)
     assert here.run(*here.kept_options(), "--resume", sources=[first, second]) == 65
     name = "2.ndjson" if change == "cut short" else "1.ndjson"
-    assert f"{name} is not what it was" in here.capsys.readouterr().err
+    assert f"{name} is not what it was" in (said := here.capsys.readouterr().err)
+    assert "give it as it was, or begin again with another --checkpoint-to" in said
+
+
+def test_a_file_less_is_said_with_what_to_do(here: Here) -> None:
+    first, second = here.write("1.ndjson", here.lines[:300]), here.write("2.ndjson", here.lines[300:])
+    here.said(*here.kept_options(), "--rows", 700, sources=[first, second])
+    assert here.run(*here.kept_options(), "--resume", sources=[first]) == 65
+    assert "2 files were read, and 1 are given: give them all, in the same order" in here.capsys.readouterr().err
+
+
+@pytest.mark.parametrize("where", ["no parent", "in use"])
+def test_a_directory_that_cannot_be_used_is_named_as_it_was_typed(here: Here, where: str) -> None:
+    place = here.kept if where == "in use" else here.directory / "missing/kept"
+    held = open_store(place).open() if where == "in use" else None
+    assert here.run("--checkpoint-to", place) == (75 if held else 78)
+    assert f"error: --checkpoint-to: {place}" in (said := here.capsys.readouterr().err)
+    assert "checkpoint.url" not in said
+    if held:
+        held.close()
+
+
+def test_an_empty_directory_to_begin_with_is_said_to_be_empty(here: Here) -> None:
+    here.kept.mkdir()
+    assert here.run("--from-checkpoint", here.kept) == 65
+    assert f"no checkpoint in {here.kept}" in here.capsys.readouterr().err
 
 
 def test_an_output_that_was_cut_by_somebody_else_is_named(here: Here) -> None:
@@ -175,6 +203,19 @@ def test_a_replay_begins_with_a_checkpoint_and_learns_on(here: Here) -> None:
         assert rest["updates"] + here.said(sources=[first])["updates"] == whole["updates"]
     assert here.run("--from-checkpoint", "7", "--set", f"checkpoint.url={here.kept}") == 65
     assert "there is no checkpoint '7'" in here.capsys.readouterr().err
+
+
+@pytest.mark.parametrize("how", ["latest", "step", "path", "store"])
+def test_a_damaged_checkpoint_to_begin_with_is_named_with_what_to_do(here: Here, how: str) -> None:
+    here.said("--checkpoint-to", here.kept)
+    step = open_store(here.kept).steps()[-1]
+    path = here.kept / f"{step:020d}"
+    (path / "model.pt").write_bytes(b"")
+    name = {"latest": "latest", "step": step, "path": path, "store": here.kept}[how]
+    assert here.run("--from-checkpoint", name, "--set", f"checkpoint.url={here.kept}") == 65
+    where = path if how == "path" else f"the checkpoint of step {step} in {here.kept}"
+    assert f"{where} is bad: model.pt has 0 bytes" in (said := here.capsys.readouterr().err)
+    assert "take an older ID (`streamlstm checkpoint list`" in said
 
 
 def test_a_state_of_another_shape_is_a_matter_of_configuration(here: Here) -> None:

@@ -12,7 +12,9 @@ from streamlstm.records.batch import Range
 from streamlstm.recovery.branching import Reverted, revert
 from streamlstm.recovery.checkpoint import CheckpointStore, open_store
 from streamlstm.recovery.exclusions import drop_excluded
+from streamlstm.recovery.outlook import look_ahead
 from streamlstm.recovery.progress import Branch, decode_record, read_chain
+from streamlstm.transport.interfaces import Position
 
 KEEP_ALL = replace(PACE, trim=False)
 
@@ -195,8 +197,11 @@ def test_a_generation_left_behind_by_a_branch_cannot_be_gone_back_to(tmp_path):
     steps = open_store(state).steps()
     go_back(broker, state, steps[1])
 
-    with pytest.raises(CheckpointError, match=f"cannot go back to the checkpoint of step {steps[2]}"):
+    told = rf"cannot go back to the checkpoint of step {steps[2]}: .*; take one of {steps[0]}, {steps[1]}$"
+    with pytest.raises(CheckpointError, match=told):
         go_back(broker, state, steps[2])
+    with pytest.raises(CheckpointError, match=told):
+        look_ahead(open_store(state), read_chain(broker.progress, "n"), [Position("in", 0, 0)], steps[2], [])
 
 
 def test_a_service_that_was_gone_back_under_ends_for_good(tmp_path):

@@ -509,6 +509,42 @@ def test_a_second_process_is_told_who_holds_the_lock(store):
     assert caught.value.exit_code == 75
 
 
+def test_a_directory_that_was_made_for_nothing_is_left_as_if_it_had_never_been(tmp_path):
+    store = open_store(tmp_path / "made").open()
+    store.leave()
+    assert not (tmp_path / "made").exists()
+    store.open()
+    store.write(state(1), provenance(1))
+    store.leave()
+    assert open_store(tmp_path / "made").open().newest()[0] is not None
+
+
+def test_a_directory_that_was_there_is_left_there(tmp_path):
+    (tmp_path / "there").mkdir()
+    open_store(tmp_path / "there").open().leave()
+    assert (tmp_path / "there").is_dir()
+
+
+def test_a_lock_that_goes_with_its_directory_is_nobody_s(tmp_path):
+    """Two processes, of which one opens the lock before the other has left, and takes it afterwards."""
+    one, other = Directory(tmp_path / "state"), Directory(tmp_path / "state")
+    one.open()
+    opened = other._open_lock()
+    one.leave()
+    with pytest.raises(Temporary, match="is being left by another process; start again"):
+        other._take_lock(opened)
+    one.open()
+    opened = other._open_lock()
+    one.leave()
+    third = Directory(tmp_path / "state")
+    third.open()
+    with pytest.raises(Temporary, match="is being left by another process; start again"):
+        other._take_lock(opened)
+    third.leave()
+    other.open()
+    other.close()
+
+
 def test_the_lock_ends_with_its_process(tmp_path):
     script = textwrap.dedent(
         f"""

@@ -1,11 +1,15 @@
 """Files made in one thread and written in another."""
 
 import hashlib
+import os
+import queue
+import sys
 import threading
 
 import pytest
 
 from streamlstm.recovery import encoding
+from streamlstm.recovery.background import in_a_thread
 from streamlstm.recovery.encoding import Encoder
 
 
@@ -57,3 +61,22 @@ def test_no_more_is_made_than_so_many_bytes_ahead_and_nothing_once_it_is_left():
         made.copy_next(write)
     assert written <= encoding._BLOCKS_AHEAD + 2
     assert not [thread for thread in threading.enumerate() if thread.name == "checkpoint-encode"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux has it by thread")
+def test_a_checkpoint_is_made_and_written_by_threads_that_let_the_loop_go_first():
+    nice: queue.Queue[int] = queue.Queue()
+
+    def tell(_):
+        nice.put(os.getpriority(os.PRIO_PROCESS, 0))
+
+    def write():
+        with Encoder([tell]) as made:
+            made.copy_next(lambda _: None)
+        tell(None)
+
+    in_a_thread(write)
+    here = os.getpriority(os.PRIO_PROCESS, 0)
+    assert nice.get(timeout=10) > here
+    assert nice.get(timeout=10) > here
+    assert os.getpriority(os.PRIO_PROCESS, 0) == here

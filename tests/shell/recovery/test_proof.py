@@ -146,7 +146,7 @@ def test_a_chain_that_was_trimmed_beyond_the_checkpoint_is_refused(broker, tmp_p
 
 def test_a_configuration_that_was_changed_is_refused(broker, tmp_path):
     changed = replace(SETTINGS, identity={**SETTINGS.identity, "name": "m"})
-    with pytest.raises(ConfigError, match="name \\(was 'n', is 'm'\\)"):
+    with pytest.raises(ConfigError, match=r'name \(was "n", is "m"\)'):
         proven(broker, tmp_path, settings=changed)
 
 

@@ -450,7 +450,7 @@ def test_an_identity_key_changed_later_is_refused_by_name(tmp_path):
     Process(broker, state).run()
 
     process = Process(broker, state, settings=changed_settings(model__hidden_size=3))
-    with pytest.raises(ConfigError, match=r"model\.hidden_size \(was None, is 3\)") as caught:
+    with pytest.raises(ConfigError, match=r"model\.hidden_size \(was null, is 3\)") as caught:
         process.run()
     assert caught.value.exit_code == 78
     assert process.publisher.epoch == -1, "nobody is fenced by a mistake in the configuration"
@@ -485,7 +485,9 @@ def test_a_learning_key_is_not_taken_over_while_steps_must_be_replayed(tmp_path)
     broker, state = filled(), tmp_path / "state"
     crash_after(broker, state, 6, pace=KEEP_ALL)
 
-    with pytest.raises(ConfigError, match=r"must be replayed with gain: 0\.5; start once with these"):
+    with pytest.raises(
+        ConfigError, match=r"gain \(was 0\.5, is 0\.\d+\); but \d+ steps .* as they were: set them back"
+    ):
         Process(broker, state, settings=changed_settings(gain=0.1)).run()
     Process(broker, state).run()
     Process(broker, state, settings=changed_settings(gain=0.1)).run()

@@ -104,6 +104,8 @@ def test_a_checkpoint_holds_what_is_stored_and_an_engine_goes_on_from_it(tmp_pat
         loaded = store.newest()[0]
         assert loaded is not None
         assert loaded.state.digests() == state.digests() == always.state().digests()
+        counts = loaded.generation.series, loaded.generation.stored
+        assert counts == (len(state.series), sum(len(rows) for rows in loaded.state.rows()) - len(state.series))
         if start % (2 * every) == 0:
             engine = restored(tmp_path, loaded.state, ttl=ttl)
 
@@ -124,6 +126,7 @@ def test_a_generation_writes_who_left_since_and_links_the_rest(tmp_path, store):
     assert [*second] == ["stored-in-0-10.parquet", "stored-in-0-11.parquet"]
     paths = [store.directory / f"{step:020d}" / "stored-in-0-10.parquet" for step in (10, 11)]
     assert paths[0].samefile(paths[1])
+    assert sum(second.values()) > store.header(11).generation.stored  # some have returned since, or left again
     assert second["stored-in-0-11.parquet"] < first["stored-in-0-10.parquet"]
     store.prune(Keep(1))
     assert store.load(11).state.digests() == engine.state().digests()

@@ -1,0 +1,229 @@
+"""
+A network between clients and their brokers, with weather: replies get lost, connections break, fall silent or crawl.
+
+It reads along: requests and replies come in frames, and a reply names its request. Brokers tell clients where they are,
+and those addresses are replaced by ours, which have the same length. Brokers speak to one another past it.
+"""
+
+import asyncio
+import contextlib
+import random
+import socket
+import struct
+import threading
+from collections.abc import Coroutine, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+APIS = {
+    "Produce": 0,
+    "Fetch": 1,
+    "Metadata": 3,
+    "FindCoordinator": 10,
+    "InitProducerId": 22,
+    "AddPartitionsToTxn": 24,
+    "EndTxn": 26,
+    "DescribeCluster": 60,
+}
+_TELL_ADDRESSES = {APIS[api] for api in ("Metadata", "FindCoordinator", "DescribeCluster")}
+_HOST = "127.0.0.1"
+_CRAWL = 256
+_CRAWL_PAUSE_S = 0.0005
+
+
+class Fault(Enum):
+    """What may befall one request."""
+
+    REPLY_LOST = "the broker did it, and the connection is reset before its reply"
+    REPLY_SWALLOWED = "the broker did it, and from then on nothing passes and nobody hangs up"
+    REQUEST_TORN = "half of it arrives, and the connection is reset"
+    REQUEST_SWALLOWED = "it never arrives, and from then on nothing passes and nobody hangs up"
+
+
+@dataclass(eq=False)
+class Strike:
+    """A fault for the next request of its kind."""
+
+    api: str
+    fault: Fault
+    struck: threading.Event = field(default_factory=threading.Event)
+
+
+@dataclass(eq=False)
+class _Line:
+    """One connection, both halves of it."""
+
+    client: asyncio.StreamWriter
+    broker: asyncio.StreamWriter
+    asked: dict[int, tuple[int, Strike | None]] = field(default_factory=dict)
+    silent: bool = False
+
+    def reset(self) -> None:
+        """RST to both, whatever is under way."""
+        for writer in (self.client, self.broker):
+            sock = writer.get_extra_info("socket")
+            with contextlib.suppress(OSError):
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            writer.transport.abort()
+
+
+class Network:
+    """A :class:`broker.Cluster`'s plaintext listeners, reached the long way round; ``bootstrap`` is where."""
+
+    def __init__(self, brokers: Sequence[str], seed: int = 0) -> None:
+        self._rng = random.Random(seed)
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="network", daemon=True)
+        self._thread.start()
+        self._servers: list[asyncio.Server] = []
+        self._lines: set[_Line] = set()
+        self._pumps: set[asyncio.Task[None]] = set()
+        self._strikes: list[Strike] = []
+        self._substitutes: dict[bytes, bytes] = {}
+        self._down = False
+        self.crawls = False
+        self.bootstrap = [self._do(self._listen(address)) for address in brokers]
+
+    def strike(self, api: str, fault: Fault) -> Strike:
+        """Let this happen to the next request of this kind."""
+        strike = Strike(api, fault)
+        self._loop.call_soon_threadsafe(self._strikes.append, strike)
+        return strike
+
+    def cut(self) -> None:
+        """Reset every connection, and every new one, until :meth:`mend`."""
+        self._do(self._set_down(down=True))
+
+    def mend(self) -> None:
+        """As if nothing had been."""
+        self._do(self._set_down(down=False))
+
+    def close(self) -> None:
+        self._do(self._close())
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    def _do(self, work: Coroutine[object, object, Any]) -> Any:
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result(10)
+
+    async def _listen(self, broker: str) -> str:
+        host, port = broker.split(":")
+        assert host == _HOST, "an address is replaced by one of the same length"
+
+        async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            await self._accept(int(port), reader, writer)
+
+        server = await asyncio.start_server(accept, _HOST, 0)
+        self._servers.append(server)
+        ours = server.sockets[0].getsockname()[1]
+        prefix = _HOST.encode()
+        self._substitutes[prefix + struct.pack(">i", int(port))] = prefix + struct.pack(">i", ours)
+        return f"{_HOST}:{ours}"
+
+    async def _set_down(self, *, down: bool) -> None:
+        self._down = down
+        for line in list(self._lines) if down else ():
+            line.reset()
+
+    async def _close(self) -> None:
+        for server in self._servers:
+            server.close()
+        self._down = True
+        for line in list(self._lines):
+            line.reset()
+        for pump in self._pumps:
+            pump.cancel()
+        await asyncio.gather(*self._pumps, return_exceptions=True)
+
+    async def _accept(self, port: int, from_client: asyncio.StreamReader, client: asyncio.StreamWriter) -> None:
+        if self._down:
+            client.transport.abort()
+            return
+        try:
+            from_broker, broker = await asyncio.open_connection(_HOST, port)
+        except OSError:
+            client.transport.abort()
+            return
+        line = _Line(client, broker)
+        self._lines.add(line)
+        pumps = [
+            asyncio.ensure_future(self._pump(line, self._requests(line, from_client))),
+            asyncio.ensure_future(self._pump(line, self._replies(line, from_broker))),
+        ]
+        self._pumps.update(pumps)
+        for pump in pumps:
+            pump.add_done_callback(self._pumps.discard)
+
+    async def _pump(self, line: _Line, pumping: Coroutine[object, object, None]) -> None:
+        """Until one end hangs up; then the other is hung up on, unless this line has fallen silent."""
+        with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
+            await pumping
+        if not line.silent or line.client.transport.is_closing():
+            line.client.close()
+            line.broker.close()
+            self._lines.discard(line)
+
+    async def _requests(self, line: _Line, reader: asyncio.StreamReader) -> None:
+        while True:
+            frame = await _frame(reader)
+            api, _, correlation = struct.unpack_from(">hhi", frame, 4)
+            strike = self._due(api)
+            line.asked[correlation] = (api, strike)
+            if line.silent:
+                continue
+            fault = strike and strike.fault
+            if fault is Fault.REQUEST_TORN:
+                line.broker.write(frame[: len(frame) // 2])
+                await line.broker.drain()
+                line.reset()
+                strike.struck.set()
+            elif fault is Fault.REQUEST_SWALLOWED:
+                line.silent = True
+                strike.struck.set()
+            else:
+                await self._pass_on(frame, line.broker)
+
+    async def _replies(self, line: _Line, reader: asyncio.StreamReader) -> None:
+        while True:
+            frame = await _frame(reader)
+            (correlation,) = struct.unpack_from(">i", frame, 4)
+            api, strike = line.asked.pop(correlation)
+            if line.silent:
+                continue
+            fault = strike and strike.fault
+            if fault is Fault.REPLY_LOST:
+                line.reset()
+                strike.struck.set()
+            elif fault is Fault.REPLY_SWALLOWED:
+                line.silent = True
+                strike.struck.set()
+            else:
+                await self._pass_on(self._readdressed(frame) if api in _TELL_ADDRESSES else frame, line.client)
+
+    def _due(self, api: int) -> Strike | None:
+        for at, strike in enumerate(self._strikes):
+            if APIS[strike.api] == api:
+                return self._strikes.pop(at)
+        return None
+
+    def _readdressed(self, frame: bytes) -> bytes:
+        for theirs, ours in self._substitutes.items():
+            frame = frame.replace(theirs, ours)
+        return frame
+
+    async def _pass_on(self, frame: bytes, writer: asyncio.StreamWriter) -> None:
+        while self.crawls and frame:
+            bytes_ = self._rng.randint(1, _CRAWL)
+            writer.write(frame[:bytes_])
+            await writer.drain()
+            frame = frame[bytes_:]
+            await asyncio.sleep(_CRAWL_PAUSE_S)
+        writer.write(frame)
+        await writer.drain()
+
+
+async def _frame(reader: asyncio.StreamReader) -> bytes:
+    size = await reader.readexactly(4)
+    return size + await reader.readexactly(int.from_bytes(size, "big"))
