@@ -17,7 +17,7 @@ from streamlstm.config.keys import config_hash
 from streamlstm.config.model import Config
 from streamlstm.engine.core import Engine
 from streamlstm.engine.selftest import dependent_rows
-from streamlstm.errors import ConfigError, LogCutBack
+from streamlstm.errors import ConfigError, LogCutBack, NotAuthorised, StreamlstmError, Temporary
 from streamlstm.records.batch import Messages, RecordBatch
 from streamlstm.records.decode import Decoder, compile_decoder
 from streamlstm.recovery.background import BackgroundWriter
@@ -49,6 +49,8 @@ class Asked:
     fresh: bool = False
     rebuild: bool = False
 
+
+_TO_LOOK_S = 2.0
 
 _SEVERAL = "a key is on more than one partition of its topic: on each it is a series of its own"
 
@@ -91,8 +93,25 @@ def serve(config: Config, asked: Asked) -> None:
             run_sessions(begin, stop, log)
         except LogCutBack as error:
             raise LogCutBack(f"{error}; {way_back(store, error.ends)}", error.ends) from error
+        except Temporary:
+            _refuse_without_credentials(config)
+            raise
         except StoppedEarly:
             log.info("stopped while starting")
+
+
+def _refuse_without_credentials(config: Config) -> None:
+    """
+    What a restart would find out at once is said now: a broker that refuses us looks like one that is away.
+
+    Raises :class:`~streamlstm.errors.NotAuthorised`.
+    """
+    try:
+        preflight(config.source, budget_s=_TO_LOOK_S)
+    except NotAuthorised:
+        raise
+    except StreamlstmError:
+        return
 
 
 def _watch(stack: ExitStack, config: Config, device: str, log: Log) -> Observers:

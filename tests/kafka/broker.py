@@ -14,10 +14,11 @@ import shutil
 import socket
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Protocol
 
 DOCKER_IMAGE = "apache/kafka:4.3.0"
@@ -71,10 +72,13 @@ class Foreign:
 class Scripted:
     """Brokers of the ``kafka`` script."""
 
-    def __init__(self, script: Path, directory: Path, brokers: int, *, secure: bool) -> None:
+    def __init__(
+        self, script: Path, directory: Path, brokers: int, *, secure: bool, settings: Mapping[str, str]
+    ) -> None:
         self._script, self.directory = script, directory
         atexit.register(self.wipe)  # brokers outlive their parent
         options = ["--brokers", str(brokers), *(["--secure"] if secure else [])]
+        options += [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
         state = json.loads(self._run("up", *options))
         self.bootstrap: list[str] = state["bootstrap"].split(",")
         listener: dict[str, Any] | None = state["secure"]
@@ -121,7 +125,7 @@ class Dockered:
         command = ["docker", "run", "-d", "--rm", "-p", f"127.0.0.1:{port}:{port}", *variables, DOCKER_IMAGE]
         started = subprocess.run(command, capture_output=True, text=True, timeout=_UP_TIMEOUT_S, check=False)
         if started.returncode:
-            raise NoBroker(f"docker cannot start {DOCKER_IMAGE}: {started.stderr.strip()[-300:]}")
+            raise NoBroker(f"docker cannot start {DOCKER_IMAGE}: {' '.join(started.stderr.split())[:200]}")
         self._container = started.stdout.strip()
         atexit.register(self.wipe)
         self.bootstrap = [f"127.0.0.1:{port}"]
@@ -135,26 +139,30 @@ class Dockered:
         subprocess.run(["docker", "kill", self._container], capture_output=True, timeout=30, check=False)
 
 
-def start(directory: Path, *, brokers: int = 1, secure: bool = False, mortal: bool = False) -> Cluster:
+def start(
+    directory: Path,
+    *,
+    brokers: int = 1,
+    secure: bool = False,
+    mortal: bool = False,
+    settings: Mapping[str, str] = MappingProxyType({}),
+) -> Cluster:
     """
     The first kind of cluster that is to be had and will do; a mortal one may be killed. Raises :class:`NoBroker`.
     """
-    special = brokers > 1 or secure or mortal
+    special = brokers > 1 or secure or mortal or bool(settings)
     if (bootstrap := os.environ.get("STREAMLSTM_TEST_BOOTSTRAP")) and not special:
         return Foreign(bootstrap)
     beside = Path(__file__).parents[2] / ".." / "shared" / "kafka"
     for home in filter(None, (os.environ.get("KAFKA_HOME"), beside)):
         script = (Path(home) / "kafka").resolve()
         if script.is_file() and shutil.which("java"):
-            return Scripted(script, directory, brokers, secure=secure)
+            return Scripted(script, directory, brokers, secure=secure, settings=settings)
     if special:
-        raise NoBroker("brokers to kill, several of them, or TLS need the kafka script (KAFKA_HOME) and java")
+        raise NoBroker("brokers to kill, several of them, TLS, or settings need the kafka script (KAFKA_HOME) and java")
     if shutil.which("docker"):
         return Dockered()
-    raise NoBroker(
-        "neither STREAMLSTM_TEST_BOOTSTRAP, nor KAFKA_HOME or ../shared/kafka with java, nor docker; how errors "
-        "are taken is tested all the same (test_error_codes.py), what readers see, fencing and restarts are not"
-    )
+    raise NoBroker("neither STREAMLSTM_TEST_BOOTSTRAP, nor KAFKA_HOME or ../shared/kafka with java, nor docker")
 
 
 def wait_until(true: Callable[[], bool], timeout_s: float, what: str) -> None:

@@ -10,6 +10,10 @@ import pytest
 from broker import Cluster, NoBroker, start
 from deployment import Deployment
 
+NOT_PROVEN = (
+    "how errors are taken is tested all the same, on librdkafka's mock cluster (test_error_codes.py); what readers "
+    "see, fencing and restarts are not"
+)
 REQUIRED = os.environ.get("STREAMLSTM_TEST_REQUIRE_BROKER") == "1"
 
 
@@ -29,7 +33,7 @@ def _cluster(directory: Path, **kind: object) -> Generator[Cluster, None, None]:
     except NoBroker as reason:
         if REQUIRED:
             pytest.fail(f"STREAMLSTM_TEST_REQUIRE_BROKER=1, and there is no broker: {reason}")
-        pytest.skip(f"needs a Kafka broker: {reason}")
+        pytest.skip(f"needs a Kafka broker: {reason}; {NOT_PROVEN}")
     try:
         yield cluster
     finally:
@@ -46,6 +50,21 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Generator[Cluster, None
 def secure_cluster(tmp_path_factory: pytest.TempPathFactory) -> Generator[Cluster, None, None]:
     """One broker with a SASL_SSL listener too."""
     yield from _cluster(tmp_path_factory.mktemp("broker") / "secure", secure=True)
+
+
+@pytest.fixture(scope="session")
+def guarded_cluster(tmp_path_factory: pytest.TempPathFactory) -> Generator[Cluster, None, None]:
+    """
+    One broker that asks who you are, and for your rights, on its SASL_SSL listener; on the other one all is allowed.
+
+    It asks again every two seconds: without that, a connection outlives its credentials.
+    """
+    settings = {
+        "authorizer.class.name": "org.apache.kafka.metadata.authorizer.StandardAuthorizer",
+        "super.users": "User:ANONYMOUS",
+        "connections.max.reauth.ms": "2000",
+    }
+    yield from _cluster(tmp_path_factory.mktemp("broker") / "guarded", secure=True, settings=settings)
 
 
 @pytest.fixture(scope="class")

@@ -17,9 +17,30 @@ _MEANING: tuple[tuple[tuple[type[Exception], ...], type[StreamlstmError], str], 
         "fenced while {doing}: another producer took over, or the transaction timed out ({what})",
     ),
     (
-        (kafka_errors.AuthorizationError, kafka_errors.SaslAuthenticationFailedError),
+        (kafka_errors.SaslAuthenticationFailedError,),
         NotAuthorised,
-        "the broker refuses us while {doing}: {what}",
+        "the broker refuses our credentials while {doing}: renew those in source.security ({what})",
+    ),
+    (
+        (kafka_errors.TransactionalIdAuthorizationFailedError,),
+        NotAuthorised,
+        (
+            "the broker refuses us transactions while {doing}: grant our user WRITE on the transactional id, "
+            "`name` with -0 after it ({what})"
+        ),
+    ),
+    (
+        (kafka_errors.TopicAuthorizationFailedError,),
+        NotAuthorised,
+        (
+            "the broker refuses us a topic while {doing}: grant our user READ on input and progress, WRITE on "
+            "forecasts, dead letters and progress ({what})"
+        ),
+    ),
+    (
+        (kafka_errors.AuthorizationError,),
+        NotAuthorised,
+        "the broker refuses us while {doing}: grant our user the right to it ({what})",
     ),
     (
         (kafka_errors.MessageSizeTooLargeError, kafka_errors.RecordListTooLargeError),

@@ -1,5 +1,7 @@
 """What the client's exceptions mean."""
 
+import re
+
 import pytest
 from kafka import errors as kafka_errors
 
@@ -41,6 +43,19 @@ def test_each_error_ends_the_process_as_its_kind_does(error: Exception, meaning:
 def test_a_codec_that_is_missing_names_the_package() -> None:
     error = kafka_errors.UnsupportedCodecError("Libraries for snappy compression codec not found")
     assert "install python-snappy" in str(explain(error, "reading"))
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (kafka_errors.SaslAuthenticationFailedError("no"), "renew those in source.security"),
+        (kafka_errors.TransactionalIdAuthorizationFailedError(), "grant our user WRITE on the transactional id"),
+        (kafka_errors.TopicAuthorizationFailedError({"t"}), "grant our user READ on input .*{'t'}"),
+        (kafka_errors.GroupAuthorizationFailedError("g"), "grant our user the right to it .*: g"),
+    ],
+)
+def test_what_was_refused_is_told_with_what_to_do(error: Exception, told: str) -> None:
+    assert re.search(told, str(explain(error, "testing")))
 
 
 def test_what_is_ours_stays_as_it_is() -> None:
