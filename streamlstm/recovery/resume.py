@@ -628,7 +628,7 @@ def _replay(
             segments.engine_for(joined[0]), joined, lambda cut: _read(world, terms, cut), world.decode, excluded
         )
         if compare:
-            _compare(done)
+            _compare(done, generation)
         newest.add(joined[-1], done.report, done.used)
         records += done.read
         witness.replayed(joined[-1].number, chain.last_step)
@@ -709,11 +709,12 @@ def _read(world: World, terms: Terms, cut: Cut) -> Messages:
         raise
 
 
-def _compare(done: Computed) -> None:
+def _compare(done: Computed, generation: Generation) -> None:
     for step, digest in zip(done.steps, done.digests, strict=True):
         if step.digest not in (None, digest):
             raise ProgressError(
                 f"step {step.number} gives another output now than was committed, on the same machine and libraries: "
                 "its input has changed since (compacted, cut back or re-created topic), or a computation is not "
-                "deterministic; a compacted input cannot be replayed to the same bits: start anew with `run --fresh`"
+                "deterministic; learn what is there now with `streamlstm checkpoint revert "
+                f"{generation.step}`, or start anew with `run --fresh`"
             )

@@ -35,6 +35,13 @@ from streamlstm.transport.kafka.publisher import KafkaPublisher
 LONGEST_S = 30.0
 """No call blocks longer."""
 
+FAULTS = [
+    Fault.REPLY_LOST,
+    Fault.REPLY_SWALLOWED,
+    pytest.param(Fault.REQUEST_TORN, marks=pytest.mark.soak),
+    pytest.param(Fault.REQUEST_SWALLOWED, marks=pytest.mark.soak),
+]
+
 
 @pytest.fixture
 def network(cluster: Cluster) -> Generator[Network, None, None]:
@@ -82,7 +89,7 @@ def outputs_of(step: bytes) -> Outputs:
     return outputs(step, [step + b" a", step + b" b"], [step + b" bad"])
 
 
-@pytest.mark.parametrize("fault", Fault)
+@pytest.mark.parametrize("fault", FAULTS)
 def test_a_transaction_is_there_once_or_not_at_all_and_the_progress_log_says_which(
     deploy: Callable[..., Deployment], cluster: Cluster, network: Network, fault: Fault
 ) -> None:
@@ -105,7 +112,7 @@ def test_a_transaction_is_there_once_or_not_at_all_and_the_progress_log_says_whi
     assert deployment.committed(deployment.config.dead_letter_topic) == [step + b" bad" for step in steps]
 
 
-@pytest.mark.parametrize("fault", Fault)
+@pytest.mark.parametrize("fault", FAULTS)
 def test_without_transactions_all_of_it_is_there_and_a_second_copy_is_the_same(
     deploy: Callable[..., Deployment], cluster: Cluster, network: Network, tmp_path: Path, fault: Fault
 ) -> None:
@@ -136,16 +143,16 @@ DEADLINE_S = 6.0
 
 
 class Campaign:
-    """The service behind a network, under a supervisor, while more and more input comes."""
+    """The service under a supervisor, while more and more input comes and one thing after the other befalls it."""
 
-    def __init__(self, deployment: Deployment, network: Network, directory: Path) -> None:
-        self.deployment, self.network, self.directory = deployment, network, directory
+    def __init__(self, deployment: Deployment, bootstrap: list[str], directory: Path) -> None:
+        self.deployment, self.directory = deployment, directory
         self.service = Service(
             deployment,
             directory,
             partitions=1,
             source={
-                "bootstrap_servers": network.bootstrap,
+                "bootstrap_servers": bootstrap,
                 "topics": [deployment.input],
                 "poll": {"max_records": 50},
             },
@@ -163,13 +170,6 @@ class Campaign:
             return self.deployment.progress().read()
         return Journal(self.directory / "state" / "journal").read()
 
-    def meet(self, api: str, fault: Fault) -> None:
-        """Let it happen, with input under way, and see it through."""
-        if api == "InitProducerId":
-            self.service.kill()
-        strike = self.network.strike(api, fault)
-        self.see_through(f"{api}, {fault.name}", self.more_input, strike.struck.is_set)
-
     def more_input(self) -> None:
         fill(self.deployment, RECORDS, first=self.filled, partitions=1)
         self.filled += RECORDS
@@ -186,7 +186,9 @@ class Campaign:
 
     def _all_committed(self) -> bool:
         """A session that has committed nothing yet tells no positions: the one before may have committed all."""
-        return self.filled in (self.service.committed(), self.positions_recorded())
+        with suppress(Temporary):
+            return self.filled in (self.service.committed(), self.positions_recorded())
+        return False
 
     def positions_recorded(self) -> int:
         return sum(read_chain(self.entries(), self.deployment.name).positions.values())
@@ -215,7 +217,7 @@ def campaign(
 
     def make(delivery: str) -> Campaign:
         deployment = deploy(cluster, delivery=delivery).with_topics(partitions=1)
-        made.append(Campaign(deployment, network, tmp_path / delivery))
+        made.append(Campaign(deployment, network.bootstrap, tmp_path / delivery))
         return made[-1]
 
     yield make
@@ -253,7 +255,7 @@ APIS = {
     "exactly_once": ["Produce", "AddPartitionsToTxn", "EndTxn", "Fetch", "InitProducerId"],
     "idempotent": ["Produce", "Fetch", "InitProducerId"],
 }
-SOME, ALL = 3, 99
+SOME, ALL = 2, 99
 
 
 @pytest.mark.timeout(1200)
@@ -269,7 +271,10 @@ def test_in_any_weather_what_is_published_is_what_a_calm_run_publishes(
     weather = [(api, fault) for api in APIS[delivery] for fault in Fault]
     random.Random(seed).shuffle(weather)
     for api, fault in weather[:faults]:
-        it.meet(api, fault)
+        if api == "InitProducerId":
+            it.service.kill()
+        strike = network.strike(api, fault)
+        it.see_through(f"{api}, {fault.name}", it.more_input, strike.struck.is_set)
 
     network.crawls = True
     it.see_through("a slow connection", it.more_input)
