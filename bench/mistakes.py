@@ -1,5 +1,6 @@
 """
-The seven worst mistakes, made on purpose in a copy of the tree, one at a time, and the tests that must notice.
+The seven worst mistakes and some of their kind, made on purpose in a copy of the tree, one at a time, and the tests
+that must notice.
 
 ``python bench/mistakes.py`` runs those that need no broker, ``--all`` every one; a word more chooses the mistakes with
 that word in their name. Each row is a mistake, its edits as
@@ -35,6 +36,8 @@ class Mistake(NamedTuple):
 SIMULATOR = "tests/simulator/test_simulator.py"
 ENUMERATION = f"{SIMULATOR}::test_every_operation_on_the_disk_may_fail_or_be_the_last"
 CAMPAIGN = f"{SIMULATOR}::test_hundreds_of_kills_cost_nothing"
+LINKS = f"{SIMULATOR}::test_every_link_to_a_file_of_an_older_checkpoint_may_fail_or_be_the_last"
+TWIST = SIMULATOR + "::test_each_twist_costs_nothing_either[{}]"
 POWER = (
     "tests/shell/recovery/test_power_loss.py::"
     "test_no_power_cut_leaves_a_torn_checkpoint_or_loses_one_that_was_announced"
@@ -44,13 +47,14 @@ CODES = "tests/kafka/test_error_codes.py::test_an_error_ends_in_a_commit_of_all_
 ORACLE = "tests/core/engine/test_oracle.py"
 
 DIRECTORY = "streamlstm/recovery/directory.py"
+STORED = "streamlstm/recovery/stored.py"
 PUBLISHER = "streamlstm/transport/kafka/publisher.py"
 
 MISTAKES = (
     Mistake(
         "no directory fsync: the names in a new generation",
         (Edit(DIRECTORY, "        self._disk.sync_directory(self._temporary)\n", ""),),
-        (POWER, ENUMERATION),
+        (POWER, ENUMERATION, LINKS),
     ),
     Mistake(
         "no directory fsync: the rename",
@@ -174,6 +178,59 @@ MISTAKES = (
             Edit("streamlstm/learning/model.py", "\nimport torch\n", "\nimport time\n\nimport torch\n"),
         ),
         ("tests/core/engine/test_laws.py", "lint-imports"),
+    ),
+    Mistake(
+        "series beyond memory: forgotten at a start",
+        (Edit(STORED, "                if not needed.all():\n", "                if False:\n"),),
+        (TWIST.format("forgetful"),),
+    ),
+    Mistake(
+        "series beyond memory: who left in the step after a checkpoint is in none",
+        (
+            Edit(
+                "streamlstm/recovery/leavers.py",
+                "self.linked, after = base.files, base.step\n",
+                "self.linked, after = base.files, base.step + 1\n",
+            ),
+        ),
+        (TWIST.format("forgetful"),),
+    ),
+    Mistake(
+        "series beyond memory: what killed processes left is not swept up",
+        (Edit(STORED, "            sweep(directory)\n", "            pass\n"),),
+        (TWIST.format("forgetful"),),
+    ),
+    Mistake(
+        "on_gap: skip without its record in the chain",
+        (Edit("streamlstm/recovery/resume.py", "    _append(world, terms, chain, gap, ident)\n", ""),),
+        (TWIST.format("gaps"),),
+    ),
+    Mistake(
+        "an exclusion forgotten once the chain is trimmed behind it: by a start",
+        (
+            Edit(
+                "streamlstm/recovery/resume.py",
+                "    excluded = generation.provenance.excluded if chain.excluded is None else chain.excluded\n",
+                "    excluded = chain.excluded or ()\n",
+            ),
+        ),
+        (TWIST.format("branches"),),
+    ),
+    Mistake(
+        "an exclusion forgotten once the chain is trimmed behind it: by a checkpoint",
+        (Edit("streamlstm/service/daemon.py", "            excluded=self._excluded,\n", ""),),
+        (TWIST.format("branches"),),
+    ),
+    Mistake(
+        "an upload whose end is not waited for",
+        (
+            Edit(
+                "streamlstm/recovery/objects.py",
+                "        self._caller.call(self._stream.close)\n        self._over = True\n",
+                "        self._line.put(self._stream.close)\n        self._over = True\n",
+            ),
+        ),
+        (TWIST.format("bucket"),),
     ),
 )
 

@@ -47,7 +47,7 @@ def test_without_transactions_each_is_there_and_a_copy_is_no_different(memory):
     assert set(total.errors) >= {"disk", "send", "reply", "refused", "init", "rot"}
 
 
-@pytest.mark.parametrize(("twist", "runs", "wanted"), TWISTED)
+@pytest.mark.parametrize(("twist", "runs", "wanted"), TWISTED, ids=TWISTS)
 def test_each_twist_costs_nothing_either(memory, twist, runs, wanted):
     after, total = campaign(0, runs, 0, memory, twists=[twist])
 
