@@ -27,7 +27,7 @@ from streamlstm.recovery.disk import Disk
 from streamlstm.recovery.generations import Settings
 from streamlstm.recovery.journal import DIRECTORY
 from streamlstm.recovery.journal import Journal as StepJournal
-from streamlstm.recovery.making import EngineMaker
+from streamlstm.recovery.making import Census, EngineMaker
 from streamlstm.recovery.resume import Ready, Terms, World, resume
 from streamlstm.service.daemon import Daemon, Encode, Pace, Startup
 from streamlstm.service.observer import Observers
@@ -429,6 +429,9 @@ class TinyEngine:
             self.count = torch.cat([self.count, torch.zeros(1, dtype=torch.int64)])
             self.recent = torch.cat([self.recent, torch.zeros(1, 3)])
         return self.slots[ident]
+
+    def census(self) -> Census:
+        return Census(self.records // 5, len(self.slots), 0, 0)
 
     def state(self) -> EngineState:
         return EngineState(

@@ -225,6 +225,16 @@ class Engine:
         return rows
 
     @property
+    def active(self) -> int:
+        """How many series are here."""
+        return len(self._table)
+
+    @property
+    def updates(self) -> int:
+        """The number of the last update."""
+        return self._learner.number
+
+    @property
     def warming(self) -> int:
         """How many of the series that are here are warming."""
         return self._warming

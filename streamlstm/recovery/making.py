@@ -2,12 +2,21 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from streamlstm.engine.report import StepReport
 from streamlstm.engine.state import EngineState
 from streamlstm.records.batch import RecordBatch
 from streamlstm.recovery.progress import Value
+
+
+class Census(NamedTuple):
+    """How many updates were made, and how many series are in memory, warming among these, and stored beyond it."""
+
+    updates: int
+    active: int
+    warming: int
+    stored: int
 
 
 class Steppable(Protocol):
@@ -24,6 +33,10 @@ class Steppable(Protocol):
 
     def state(self) -> EngineState:
         """A snapshot, immutable."""
+        ...
+
+    def census(self) -> Census:
+        """What there is, between two steps."""
         ...
 
 

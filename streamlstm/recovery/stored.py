@@ -20,6 +20,7 @@ from streamlstm.engine.report import StepReport
 from streamlstm.engine.state import EngineState, Stored
 from streamlstm.errors import Temporary
 from streamlstm.records.batch import RecordBatch
+from streamlstm.recovery.making import Census
 from streamlstm.recovery.scratch import Scratch, sweep
 from streamlstm.series.table import Rows
 
@@ -109,6 +110,11 @@ class TieredEngine:
         state = self._engine.state()
         stored = self._scratch.view(self._engine.forgets_until, self._origin) if self._scratch else None
         return dataclasses.replace(state, stored=stored)
+
+    def census(self) -> Census:
+        """What there is."""
+        engine = self._engine
+        return Census(engine.updates, engine.active, engine.warming, len(self._scratch) if self._scratch else 0)
 
     def _fill(self, stored: Stored, step: int) -> None:
         self._origin = stored.origin

@@ -583,6 +583,9 @@ class Startup:
                 phases_s=ready.phases_s,
                 checkpoint_step=ready.generation.step,
                 checkpoint_at_s=ready.generation.provenance.created_ms / 1000,
+                positions=ready.positions,
+                checkpoint_positions=ready.generation.provenance.positions,
+                census=ready.engine.census(),
             )
         )
         self._log.info(

@@ -240,6 +240,15 @@ class Metrics:
         of["checkpoints_quarantined_total"].inc(resumed.quarantined)
         of["fingerprint_matches"].set(resumed.reproducible and not resumed.rebased)
         of["checkpoint_last_success_timestamp_seconds"].set(resumed.checkpoint_at_s)
+        of["series_active"].set(resumed.census.active)
+        of["series_warming"].set(resumed.census.warming)
+        of["series_stored"].set(resumed.census.stored)
+        for name, positions in (
+            ("source_position_offset", resumed.positions),
+            ("checkpoint_offset", resumed.checkpoint_positions),
+        ):
+            for p in positions:
+                of[name].labels(p.topic, p.partition).set(p.next_offset)
         for phase, duration_s in resumed.phases_s.items():
             of["resume_duration_seconds"].labels(phase).set(duration_s)
 

@@ -12,6 +12,7 @@ from typing import Literal, Protocol
 
 from streamlstm.engine.report import StepReport
 from streamlstm.records.batch import Range
+from streamlstm.recovery.making import Census
 from streamlstm.transport.interfaces import Position
 
 Phase = Literal["starting", "replaying", "running", "waiting", "stopping"]
@@ -34,7 +35,8 @@ class Resumed:
     ``source``: nothing there (``fresh``), the newest generation (``checkpoint``), or an older one because newer ones
     were bad (``fallback``). ``rebased``: recorded steps were replayed with other bits than they were made with.
     ``reproducible``: false where the self-test failed, so that this machine would not give its own bits again.
-    ``phases_s`` is the time spent by phase (``load``, ``progress``, ``replay``).
+    ``phases_s`` is the time spent by phase (``load``, ``progress``, ``replay``). ``positions`` is where the stream goes
+    on, ``checkpoint_positions`` where the checkpoint stands, and ``census`` what the state holds.
     """
 
     source: Literal["fresh", "checkpoint", "fallback"]
@@ -45,6 +47,9 @@ class Resumed:
     phases_s: Mapping[str, float]
     checkpoint_step: int
     checkpoint_at_s: float
+    positions: Sequence[Position]
+    checkpoint_positions: Sequence[Position]
+    census: Census
     reproducible: bool = True
 
 

@@ -61,7 +61,7 @@ class Status:
         self._phase: Phase = "starting"
         self._step = 0
         self._update = 0
-        self._series = (0, 0)
+        self._series = (0, 0, 0)
         self._records = dict.fromkeys(Outcome, 0)
         self._resumed: Resumed | None = None
         self._checkpointed: Checkpointed | None = None
@@ -84,14 +84,16 @@ class Status:
         """See :meth:`~streamlstm.service.observer.Observer.observe_resume`."""
         with self._lock:
             self._resumed = resumed
-            self._step = resumed.step
+            self._step, self._update = resumed.step, resumed.census.updates
+            self._series = resumed.census.active, resumed.census.warming, resumed.census.stored
+            self._positions = {(p.topic, p.partition): p.next_offset for p in resumed.positions}
 
     def observe_step(self, report: StepReport, timings: StepTimings, received_bytes: Mapping[str, int]) -> None:
         """See :meth:`~streamlstm.service.observer.Observer.observe_step`."""
         del timings, received_bytes
         with self._lock:
             self._scores.add(report.forecasts.settled_error_MXK)
-            self._series = report.series_total, report.series_warming
+            self._series = report.series_total, report.series_warming, report.series_stored
             if report.updates:
                 self._update = report.updates[-1].number
 
@@ -120,7 +122,7 @@ class Status:
             self._checkpointed = checkpointed
 
     def observe_gap(self, ranges: Sequence[Range]) -> None:
-        """Nothing to keep: the positions come with the next commit."""
+        """Nothing to keep: the positions come with the end of start-up, or the next commit."""
 
     # What others ask.
 
@@ -175,7 +177,7 @@ class Status:
                 "step": self._step,
                 "update": self._update,
                 "records": {outcome.name.lower(): count for outcome, count in self._records.items()},
-                "series": {"active": self._series[0], "warming": self._series[1]},
+                "series": dict(zip(("active", "warming", "stored"), self._series, strict=True)),
                 "positions": [
                     {
                         "topic": place[0],

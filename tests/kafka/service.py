@@ -104,11 +104,11 @@ class Service:
             return json.loads(answer.read())
 
     def wait_committed(self, records: int, timeout_s: float) -> None:
-        """Until this life has committed its way to so many offsets in all."""
+        """Until so many offsets in all are committed."""
         wait_for(lambda: self.committed() >= records, timeout_s, f"{records} records are committed")
 
     def committed(self) -> int:
-        """Offsets of all partitions together; 0 until this life has committed something."""
+        """Offsets of all partitions together, by this life and those before; 0 until it is ready."""
         return sum(p["next_offset"] or 0 for p in self.positions())
 
     def nothing_left(self) -> bool:

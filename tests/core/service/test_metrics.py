@@ -12,6 +12,7 @@ from reports import SECOND_NS, START_NS, make_report, make_update
 
 from streamlstm.engine.report import EXPERTS, Outcome
 from streamlstm.records.batch import Rejected, SeriesId
+from streamlstm.recovery.making import Census
 from streamlstm.service.metrics import PREFIX, Metrics, describe
 from streamlstm.service.observer import Checkpointed, Committed, Observer, Resumed, StepTimings
 from streamlstm.service.scores import WindowedScores
@@ -210,9 +211,26 @@ def test_a_written_checkpoint_says_when_how_big_and_how_far() -> None:
     assert samples["checkpoint_duration_seconds_sum", ("fsync",)] == 0.3
 
 
+def resumed() -> Resumed:
+    """At step 12, from an older checkpoint than the newest, with other bits."""
+    return Resumed(
+        source="fallback",
+        step=12,
+        replayed_steps=3,
+        rebased=True,
+        quarantined=1,
+        phases_s={"load": 0.5, "replay": 2.0},
+        checkpoint_step=9,
+        checkpoint_at_s=NOW_S - 60,
+        positions=[Position("in", 0, 120)],
+        checkpoint_positions=[Position("in", 0, 90)],
+        census=Census(7, 30, 4, 12),
+    )
+
+
 def test_a_start_says_where_it_came_from_and_whether_bits_match() -> None:
     watched = Watched()
-    watched.tell("observe_resume", Resumed("fallback", 12, 3, True, 1, {"load": 0.5, "replay": 2.0}, 9, NOW_S - 60))
+    watched.tell("observe_resume", resumed())
     watched.tell("observe_phase", "running")
     samples = watched.samples()
     assert samples["resumes_total", ("fallback",)] == 1
@@ -221,6 +239,9 @@ def test_a_start_says_where_it_came_from_and_whether_bits_match() -> None:
     assert samples["fingerprint_matches", ()] == 0
     assert samples["resume_duration_seconds", ("replay",)] == 2.0
     assert samples["checkpoint_last_success_timestamp_seconds", ()] == NOW_S - 60
+    assert [samples[f"series_{name}", ()] for name in ("active", "warming", "stored")] == [30, 4, 12]
+    assert samples["source_position_offset", ("in", "0")] == 120
+    assert samples["checkpoint_offset", ("in", "0")] == 90
     assert samples["ready", ()] == 1
     watched.tell("observe_phase", "stopping")
     assert watched.value("ready") == 0

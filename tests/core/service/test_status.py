@@ -4,6 +4,7 @@ import msgspec
 import pytest
 from reports import SECOND_NS, START_NS, make_report, make_update
 
+from streamlstm.recovery.making import Census
 from streamlstm.service.observer import Checkpointed, Committed, Resumed, StepTimings
 from streamlstm.service.scores import WindowedScores
 from streamlstm.service.status import About, Status
@@ -35,6 +36,23 @@ def commit(status: Status, records: int = 4) -> None:
     report = make_report(records=records, horizons=2, updates=[make_update(5)], step=3)
     status.observe_step(report, StepTimings(0, 0, 0), {})
     status.observe_commit(Committed([report], records, 0, 0, 0.0, 0.0, [Position("in", 0, records)]))
+
+
+def resume(status: Status) -> None:
+    """At step 2, from the checkpoint of step 1."""
+    stands, went_on = Position("in", 0, 1), Position("in", 0, 3)
+    status.observe_resume(Resumed("checkpoint", 2, 1, False, 0, {}, 1, 0.0, [went_on], [stands], Census(7, 30, 4, 12)))
+
+
+def test_after_a_resume_it_says_what_holds_though_nothing_has_come_since(status: Status) -> None:
+    resume(status)
+    status.observe_lag({("in", 0): 0})
+    said = json.loads(msgspec.json.encode(status.snapshot()))
+    assert said["positions"] == [{"topic": "in", "partition": 0, "next_offset": 3, "lag_records": 0, "lag_s": 0.0}]
+    assert (said["step"], said["update"]) == (2, 7)
+    assert said["series"] == {"active": 30, "warming": 4, "stored": 12}
+    assert said["checkpoint"]["outcome"] == "found"
+    assert said["accuracy"][0]["samples"] == 0
 
 
 def test_it_is_healthy_while_the_loop_turns(status: Status, clocks: Clocks) -> None:
@@ -69,7 +87,7 @@ def test_it_is_not_ready_beyond_the_lag_it_is_asked_for(status: Status) -> None:
 
 
 def test_the_snapshot_is_json_and_holds_the_facts(status: Status) -> None:
-    status.observe_resume(Resumed("checkpoint", 2, 1, False, 0, {}, 1, 0.0))
+    resume(status)
     status.observe_lag({("in", 0): 6, ("in", 1): 3})
     commit(status)
     status.observe_checkpoint(Checkpointed("failed", 3, 0, 0, 0, 0, 9.0, [], "disk full"))

@@ -97,7 +97,9 @@ def test_a_checkpoint_holds_what_is_stored_and_an_engine_goes_on_from_it(tmp_pat
     always, engine = Engine.create(config(10**6, ttl=ttl), "cpu"), tiered(tmp_path, ttl=ttl)
     for start in range(0, 400, every):
         feed(always, batch, start, start + every)
-        feed(engine, batch, start, start + every)
+        report = feed(engine, batch, start, start + every)[-1]
+        updates, *counts = engine.census()
+        assert counts == [report.series_total, report.series_warming, report.series_stored]
         state = engine.state()
         store.write(state, provenance(state.step))
         store.prune(Keep(2))
@@ -108,6 +110,7 @@ def test_a_checkpoint_holds_what_is_stored_and_an_engine_goes_on_from_it(tmp_pat
         assert counts == (len(state.series), sum(len(rows) for rows in loaded.state.rows()) - len(state.series))
         if start % (2 * every) == 0:
             engine = restored(tmp_path, loaded.state, ttl=ttl)
+            assert engine.census().updates == updates
 
 
 def left(store: CheckpointStore, step: int) -> dict[str, int]:
