@@ -15,16 +15,12 @@ import os
 import signal
 import socket
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import NamedTuple
 
-from kafka import KafkaAdminClient
-from kafka.admin import NewTopic
-from million import STREAMLSTM, metrics, write_records
+from driving import CONFIG, accounted, create_topics, follow, make_topics, produce, start, write_records
 
 from streamlstm.config.model import Config
 from streamlstm.recovery.journal import Journal
@@ -32,22 +28,9 @@ from streamlstm.transport.deadline import Deadline
 from streamlstm.transport.interfaces import OutMessage, Outputs
 from streamlstm.transport.kafka.idempotent import IdempotentPublisher
 from streamlstm.transport.kafka.publisher import KafkaPublisher
-from streamlstm.transport.kafka.topics import create_topics
+from streamlstm.transport.kafka.topics import create_topics as create_output_topics
 
 MODES = ("exactly_once", "idempotent")
-CONFIG = """
-name: {name}
-source: {{bootstrap_servers: ["{bootstrap}"], topics: [{topic}]}}
-decode:
-  series_id: [$.host, $.name]
-  timestamp: {{path: $.timestamp, unit: s}}
-  target: $.value
-series: {{interval: 10s}}
-checkpoint: {{url: {state}}}
-sink: {{delivery: {mode}, commit_every: 100ms}}
-http: {{listen: "127.0.0.1:{port}"}}
-logging: {{format: json}}
-"""
 
 
 class Run(NamedTuple):
@@ -71,27 +54,16 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def done(seen: dict[str, float]) -> float:
-    return sum(v for k, v in seen.items() if k.startswith("streamlstm_records_total"))
-
-
 def run(config: Path, port: int, records: int, log: Path) -> Run:
     """From the first commit that was seen to the last."""
-    with log.open("w") as err:
-        daemon = subprocess.Popen([*STREAMLSTM, "run", "-c", str(config)], stderr=err)
+    daemon = start(config, log)
     try:
         first: tuple[float, float, float] | None = None
-        while True:
-            time.sleep(0.05)
-            if daemon.poll() is not None:
-                sys.exit(f"the daemon ended with {daemon.returncode}:\n{log.read_text()[-2000:]}")
-            try:
-                seen, now = metrics(port), time.perf_counter()
-            except OSError:
-                continue
-            if first is None and done(seen):
-                first = now, done(seen), cpu_s(daemon.pid)
-            if first and done(seen) >= records:
+        for now, seen in follow(daemon, port, log, 0.05):
+            done = accounted(seen)
+            if first is None and done:
+                first = now, done, cpu_s(daemon.pid)
+            if first and done >= records:
                 commits = seen['streamlstm_step_duration_seconds_count{stage="publish"}']
                 spent_s = seen['streamlstm_step_duration_seconds_sum{stage="publish"}']
                 here = records - first[1]
@@ -109,7 +81,7 @@ def commit_in_turn(bootstrap: str, prefix: str, folder: Path) -> None:
         "source": {"bootstrap_servers": [bootstrap], "topics": [f"{prefix}.raw"]},
         "decode": {"series_id": ["@key"], "timestamp": {"path": "$.ts"}, "target": "$.value"},
     })  # fmt: skip
-    create_topics(config)
+    create_output_topics(config)
     deadline = Deadline(60.0)
     publishers = {
         "exactly_once": KafkaPublisher(config, deadline),
@@ -151,28 +123,18 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         base = Path(folder)
         write_records(base / "records.ndjson", a.records, a.series)
-        admin = KafkaAdminClient(bootstrap_servers=a.bootstrap)
-        admin.create_topics([NewTopic(f"{prefix}.raw", a.partitions, 1)])
-        admin.close()
-        produce = [*STREAMLSTM, "produce", "--to", f"{prefix}.raw", "--from", str(base / "records.ndjson")]
-        subprocess.run([*produce, "--bootstrap", a.bootstrap, "--key", "$.host"], check=True, stdout=subprocess.DEVNULL)
+        make_topics(a.bootstrap, a.partitions, f"{prefix}.raw")
+        produce(a.bootstrap, f"{prefix}.raw", base / "records.ndjson")
         commit_in_turn(a.bootstrap, prefix, base)
         for turn in range(a.runs):
             for mode in MODES if turn % 2 else MODES[::-1]:
                 name, port = f"{prefix}.{mode}.{turn}", free_port()
                 config = base / f"{name}.yaml"
-                config.write_text(
-                    CONFIG.format(
-                        name=name,
-                        bootstrap=a.bootstrap,
-                        topic=f"{prefix}.raw",
-                        state=base / name,
-                        mode=mode,
-                        port=port,
-                    )
+                text = CONFIG.format(
+                    name=name, bootstrap=a.bootstrap, topic=f"{prefix}.raw", state=base / name, port=port
                 )
-                create = [*STREAMLSTM, "topics", "create", "-c", str(config)]
-                subprocess.run(create, check=True, stdout=subprocess.DEVNULL)
+                config.write_text(f"{text}sink: {{delivery: {mode}, commit_every: 100ms}}\nlogging: {{format: json}}\n")
+                create_topics(config)
                 one = run(config, port, a.records, base / "daemon.log")
                 found[mode].append(one)
                 print(

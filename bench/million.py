@@ -13,52 +13,13 @@ import json
 import os
 import re
 import signal
-import subprocess
-import sys
 import tempfile
 import time
-import urllib.request
 from collections import Counter
 from pathlib import Path
 
-import numpy as np
-from kafka import KafkaAdminClient, KafkaConsumer, KafkaProducer, TopicPartition
-from kafka.admin import NewTopic
-
-STREAMLSTM = [sys.executable, "-m", "streamlstm.cli.main"]
-CONFIG = """
-name: million
-source: {{bootstrap_servers: ["{bootstrap}"], topics: [{prefix}.raw]}}
-decode:
-  series_id: [$.host, $.name]
-  timestamp: {{path: $.timestamp, unit: s}}
-  target: $.value
-series: {{interval: 10s}}
-checkpoint: {{url: {state}}}
-sink: {{forecasts: {{topic: {prefix}.forecast}}}}
-http: {{listen: "127.0.0.1:{port}"}}
-"""
-
-
-def write_records(path: Path, records: int, series: int) -> None:
-    rng = np.random.default_rng(1)
-    level, season = np.zeros(series), rng.uniform(0, 6.28, series)
-    with path.open("w") as out:
-        for start in range(0, records, series):
-            n = start // series
-            level = 0.95 * level + rng.normal(size=series)
-            values = 50 + 10 * np.sin(season + n / 20) + level
-            time_s = 1_790_000_000 + 10 * n
-            out.writelines(
-                f'{{"host":"host-{q // 10}","name":"metric-{q % 10}","timestamp":{time_s},"value":{v:.3f}}}\n'
-                for q, v in enumerate(values[: records - start].tolist())
-            )
-
-
-def metrics(port: int) -> dict[str, float]:
-    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=5) as answer:
-        lines = answer.read().decode().splitlines()
-    return {m[1]: float(m[2]) for line in lines if (m := re.match(r"^(\S+) (\S+)$", line))}
+from driving import CONFIG, accounted, create_topics, follow, make_topics, produce, start, write_records
+from kafka import KafkaConsumer, KafkaProducer, TopicPartition
 
 
 def peak_mib(pid: int) -> float:
@@ -68,24 +29,15 @@ def peak_mib(pid: int) -> float:
 
 def run_daemon(config: Path, port: int, records: int, log: Path) -> tuple[float, float, dict[str, float]]:
     """Seconds until all records are accounted for, peak MiB, and the last metrics."""
-    with log.open("w") as err:
-        daemon = subprocess.Popen([*STREAMLSTM, "run", "-c", str(config)], stderr=err)
+    daemon = start(config, log)
     try:
-        began, seen, peak = 0.0, {}, 0.0
-        while True:
-            time.sleep(0.5)
-            if daemon.poll() is not None:
-                sys.exit(f"the daemon ended with {daemon.returncode}:\n{log.read_text()[-2000:]}")
-            try:
-                seen = metrics(port)
-            except OSError:
-                continue
-            done = sum(v for k, v in seen.items() if k.startswith("streamlstm_records_total"))
-            began = began or (time.perf_counter() if done else 0.0)
-            peak = peak_mib(daemon.pid)
+        began = 0.0
+        for now, seen in follow(daemon, port, log, 0.5):
+            done = accounted(seen)
+            began = began or (now if done else 0.0)
             lag = sum(v for k, v in seen.items() if k.startswith("streamlstm_source_lag_records"))
             if done >= records and lag == 0:
-                return time.perf_counter() - began, peak, seen
+                return now - began, peak_mib(daemon.pid), seen
     finally:
         daemon.send_signal(signal.SIGTERM)
         print(f"SIGTERM → exit {daemon.wait(timeout=30)}")
@@ -159,14 +111,14 @@ def main() -> None:
         base = Path(folder)
         write_records(base / "records.ndjson", a.records, a.series)
         config = base / "million.yaml"
-        config.write_text(CONFIG.format(bootstrap=a.bootstrap, prefix=prefix, state=base / "state", port=a.port))
-        admin = KafkaAdminClient(bootstrap_servers=a.bootstrap)
-        admin.create_topics([NewTopic(f"{prefix}.raw", a.partitions, 1), NewTopic(f"{prefix}.peer", a.partitions, 1)])
-        admin.close()
-        subprocess.run([*STREAMLSTM, "topics", "create", "-c", str(config)], check=True, stdout=subprocess.DEVNULL)
+        text = CONFIG.format(
+            name=prefix, bootstrap=a.bootstrap, topic=f"{prefix}.raw", state=base / "state", port=a.port
+        )
+        config.write_text(f"{text}sink: {{forecasts: {{topic: {prefix}.forecast}}}}\n")
+        make_topics(a.bootstrap, a.partitions, f"{prefix}.raw", f"{prefix}.peer")
+        create_topics(config)
         began = time.perf_counter()
-        produce = [*STREAMLSTM, "produce", "--to", f"{prefix}.raw", "--from", str(base / "records.ndjson")]
-        subprocess.run([*produce, "--bootstrap", a.bootstrap, "--key", "$.host"], check=True, stdout=subprocess.DEVNULL)
+        produce(a.bootstrap, f"{prefix}.raw", base / "records.ndjson")
         print(f"produce          {a.records / (time.perf_counter() - began):>10,.0f} records/s")
         seconds, peak, seen = run_daemon(config, a.port, a.records, base / "daemon.log")
         print(f"run              {a.records / seconds:>10,.0f} records/s, peak memory {peak:,.0f} MiB")

@@ -13,38 +13,33 @@ import json
 import re
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 
-from kafka import KafkaAdminClient
-from kafka.admin import NewTopic
-from million import CONFIG, STREAMLSTM, metrics, write_records
-
-
-def start(config: Path, log: Path) -> subprocess.Popen[bytes]:
-    with log.open("wb") as err:
-        return subprocess.Popen([*STREAMLSTM, "run", "-c", str(config)], stderr=err)
+from driving import (
+    CONFIG,
+    STREAMLSTM,
+    accounted,
+    create_topics,
+    follow,
+    make_topics,
+    metrics,
+    produce,
+    start,
+    write_records,
+)
 
 
 def consume(daemon: subprocess.Popen[bytes], port: int, records: int, log: Path) -> float:
     """Records a second from the first that was seen to the last."""
     first: tuple[float, float] | None = None
-    while True:
-        time.sleep(0.1)
-        if daemon.poll() is not None:
-            sys.exit(f"the daemon ended with {daemon.returncode}:\n{log.read_text()[-2000:]}")
-        try:
-            seen = metrics(port)
-        except OSError:
-            continue
-        now = time.perf_counter()
-        done = sum(v for k, v in seen.items() if k.startswith("streamlstm_records_total"))
-        if done and first is None:
-            first = (now, done)
-        if first is not None and done >= records:
-            return (done - first[1]) / (now - first[0])
+    for now, seen in follow(daemon, port, log, 0.1):
+        done = accounted(seen)
+        first = first or ((now, done) if done else None)
+        if done >= records:
+            break
+    return (done - first[1]) / (now - first[0])
 
 
 def resumed(port: int, log: Path) -> tuple[float, float]:
@@ -72,16 +67,15 @@ def main() -> None:
         base.mkdir(parents=True, exist_ok=True)
         write_records(base / "records.ndjson", a.records, a.series)
         config, log = base / "c.yaml", base / "log"
-        text = CONFIG.format(bootstrap=a.bootstrap, prefix=prefix, state=base / "state", port=a.port)
+        text = CONFIG.format(
+            name=prefix, bootstrap=a.bootstrap, topic=f"{prefix}.raw", state=base / "state", port=a.port
+        )
         text = text.replace("checkpoint: {", "checkpoint: {every: {time: 7d, records: 1000000000}, ")
         text = text.replace("source: {", f"source: {{poll: {{max_records: {a.poll}}}, ")
         config.write_text(text + "logging: {format: json}\n")
-        admin = KafkaAdminClient(bootstrap_servers=a.bootstrap)
-        admin.create_topics([NewTopic(f"{prefix}.raw", a.partitions, 1)])
-        admin.close()
-        subprocess.run([*STREAMLSTM, "topics", "create", "-c", str(config)], check=True, capture_output=True)
-        produce = [*STREAMLSTM, "produce", "--to", f"{prefix}.raw", "--from", str(base / "records.ndjson")]
-        subprocess.run([*produce, "--bootstrap", a.bootstrap, "--key", "$.host"], check=True, capture_output=True)
+        make_topics(a.bootstrap, a.partitions, f"{prefix}.raw")
+        create_topics(config)
+        produce(a.bootstrap, f"{prefix}.raw", base / "records.ndjson")
 
         daemon = start(config, log)
         live = consume(daemon, a.port, a.records, log)
