@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from broker import Cluster, NoBroker, start
 from deployment import Deployment
+from service import Service
 
 NOT_PROVEN = (
     "how errors are taken is tested all the same, on librdkafka's mock cluster (test_error_codes.py); what readers "
@@ -97,3 +98,17 @@ def deploy(tmp_path: Path) -> Generator[Callable[..., Deployment], None, None]:
 def deployment(deploy: Callable[..., Deployment], cluster: Cluster) -> Deployment:
     """A deployment on the shared broker, its topics made: two input partitions."""
     return deploy(cluster).with_topics()
+
+
+@pytest.fixture
+def serve(tmp_path: Path) -> Generator[Callable[..., Service], None, None]:
+    """Makes services, each with a directory of its own, and ends what still runs."""
+    made: list[Service] = []
+
+    def make(deployment: Deployment, **sections: object) -> Service:
+        made.append(Service(deployment, tmp_path / f"service-{len(made)}", **sections))
+        return made[-1]
+
+    yield make
+    for service in made:
+        service.close()

@@ -1,5 +1,8 @@
 """A deployment under test: its configuration, its topics, and hands to fill and read them."""
 
+import json
+import math
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -10,6 +13,7 @@ from kafka import KafkaAdminClient, KafkaConsumer, KafkaProducer
 from kafka.structs import TopicPartition
 
 from streamlstm.config.model import Config
+from streamlstm.recovery.progress import Chain, read_chain
 from streamlstm.transport.deadline import Deadline
 from streamlstm.transport.interfaces import OutMessage, Outputs
 from streamlstm.transport.kafka.progress import KafkaProgressLog
@@ -124,6 +128,35 @@ class Deployment:
     def _opened(self, it: Any) -> Any:
         self._open.append(it)
         return it
+
+
+def fill(deployment: Deployment, records: int, first: int = 0, partitions: int = 2) -> None:
+    """Twenty series that swing, from number ``first`` on."""
+    producer = deployment.producer()
+    now = int(time.time())
+    futures = [
+        producer.send(
+            deployment.input,
+            json.dumps({"ts": now + i, "value": math.sin(i / 50)}).encode(),
+            key=b"s%d" % (i % 20),
+            partition=i % 20 % partitions,
+        )
+        for i in range(first, first + records)
+    ]
+    producer.flush()
+    for future in futures:
+        future.get(30)
+
+
+def chain_of(deployment: Deployment) -> Chain:
+    """What the progress topic says."""
+    return read_chain(deployment.progress().read(), deployment.name)
+
+
+def coordinates(deployment: Deployment) -> list[tuple[int, int]]:
+    """Partition and offset of every input record that a forecast was published for."""
+    told = [json.loads(value)["source"] for value in deployment.committed(deployment.config.forecast_topic)]
+    return [(source["partition"], source["offset"]) for source in told]
 
 
 def outputs(progress: bytes, forecasts: Sequence[bytes] = (), dead_letters: Sequence[bytes] = ()) -> Outputs:

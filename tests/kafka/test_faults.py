@@ -1,34 +1,19 @@
 """What a real broker does to a transaction, and what we make of it."""
 
 import time
-from collections.abc import Callable, Generator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 from broker import Cluster
-from deployment import Deployment, outputs
+from deployment import Deployment, coordinates, fill, outputs
 from kafka.structs import OffsetAndMetadata, TopicPartition
 from service import Service
-from test_run import coordinates, fill
 
 from streamlstm.errors import StreamlstmError, Superseded, Temporary
 from streamlstm.recovery.progress import Incarnation, Link, digest_record, encode_record
 from streamlstm.recovery.standing import judge_fenced
 from streamlstm.transport.interfaces import Fenced
-
-
-@pytest.fixture
-def serve(tmp_path: Path) -> Generator[Callable[..., Service], None, None]:
-    made: list[Service] = []
-
-    def make(deployment: Deployment, **sections: object) -> Service:
-        made.append(Service(deployment, tmp_path / f"service-{len(made)}", **sections))
-        return made[-1]
-
-    yield make
-    for service in made:
-        service.close()
 
 
 class Interrupted:

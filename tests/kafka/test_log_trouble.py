@@ -2,30 +2,15 @@
 
 import re
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 from pathlib import Path
 
-import pytest
 from broker import Cluster
-from deployment import Deployment
+from deployment import Deployment, coordinates, fill
 from kafka.structs import TopicPartition
 from service import Service, wait_for
-from test_run import coordinates, fill
 
 from streamlstm.recovery.progress import Gap, decode_record, read_chain
-
-
-@pytest.fixture
-def serve(tmp_path: Path) -> Generator[Callable[..., Service], None, None]:
-    made: list[Service] = []
-
-    def make(deployment: Deployment, **sections: object) -> Service:
-        made.append(Service(deployment, tmp_path / f"service-{len(made)}", **sections))
-        return made[-1]
-
-    yield make
-    for service in made:
-        service.close()
 
 
 def test_a_gap_is_refused_with_both_offsets_or_passed_over_and_recorded(

@@ -7,27 +7,13 @@ from collections.abc import Callable, Generator
 from pathlib import Path
 
 import pytest
-from deployment import Deployment
+from deployment import Deployment, coordinates, fill
 from object_servers import CREDENTIALS, Server, s3_server
 from service import Service, wait_for
-from test_run import coordinates, fill
 
 from streamlstm.recovery.checkpoint import open_store
 
 EVERY = {"records": 1000, "time": "1s"}
-
-
-@pytest.fixture
-def serve(tmp_path: Path) -> Generator[Callable[..., Service], None, None]:
-    made: list[Service] = []
-
-    def make(deployment: Deployment, **sections: object) -> Service:
-        made.append(Service(deployment, tmp_path / f"service-{len(made)}", **sections))
-        return made[-1]
-
-    yield make
-    for service in made:
-        service.close()
 
 
 @pytest.fixture

@@ -1,59 +1,17 @@
 """``streamlstm run`` as an operator meets it: how it ends, and with which word."""
 
-import json
-import math
 import shutil
 import signal
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from broker import Cluster
-from deployment import Deployment
+from deployment import Deployment, chain_of, coordinates, fill
 from service import Service, wait_for
 
 from streamlstm.recovery.checkpoint import open_store
-from streamlstm.recovery.progress import Chain, read_chain
-
-
-def fill(deployment: Deployment, records: int, first: int = 0, partitions: int = 2) -> None:
-    producer = deployment.producer()
-    now = int(time.time())
-    futures = [
-        producer.send(
-            deployment.input,
-            json.dumps({"ts": now + i, "value": math.sin(i / 50)}).encode(),
-            key=b"s%d" % (i % 20),
-            partition=i % 20 % partitions,
-        )
-        for i in range(first, first + records)
-    ]
-    producer.flush()
-    for future in futures:
-        future.get(30)
-
-
-def chain_of(deployment: Deployment) -> Chain:
-    return read_chain(deployment.progress().read(), deployment.name)
-
-
-def coordinates(deployment: Deployment) -> list[tuple[int, int]]:
-    told = [json.loads(value)["source"] for value in deployment.committed(deployment.config.forecast_topic)]
-    return [(source["partition"], source["offset"]) for source in told]
-
-
-@pytest.fixture
-def serve(tmp_path: Path) -> Generator[Callable[..., Service], None, None]:
-    made: list[Service] = []
-
-    def make(deployment: Deployment, **sections: object) -> Service:
-        made.append(Service(deployment, tmp_path / f"service-{len(made)}", **sections))
-        return made[-1]
-
-    yield make
-    for service in made:
-        service.close()
 
 
 def test_a_signal_under_load_commits_checkpoints_and_exits_0_in_time(
