@@ -39,7 +39,7 @@ from streamlstm.service.watch import watch
 from streamlstm.transport.deadline import Deadline, leave
 from streamlstm.transport.kafka.preflight import preflight
 from streamlstm.transport.kafka.source import KafkaSource
-from streamlstm.transport.kafka.topics import check_topics
+from streamlstm.transport.kafka.topics import check_topics, count_held
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +84,8 @@ def serve(config: Config, asked: Asked) -> None:
             startup = Startup(observer, log, stop, time.monotonic, fingerprint)
             ready = resume(world, terms if first else replace(terms, fresh=False, rebuild=False), startup)
             startup.ready(ready)
+            if first and ready.source == "fresh" and not asked.fresh:
+                _warn_of_another_life(config, store, log)
             writer = BackgroundWriter(world.store, Keep(config.checkpoint.keep.last, config.checkpoint.keep.daily))
             encoder = ForecastEncoder(config_hash(config), config.model.horizons, ready.revision)
             interpreter.freeze()
@@ -164,6 +166,20 @@ def _check_machine(config: Config, device: str, log: Log) -> Fingerprint:
             )
         log.error("the self-test failed: bits cannot be promised here, and no digest will be compared", what=told)
     return take_fingerprint(device, config.runtime.threads) | doubts
+
+
+def _warn_of_another_life(config: Config, store: CheckpointStore, log: Log) -> None:
+    """A first run, by all that is kept; but what was published tells whether it is."""
+    held = count_held(config, config.forecast_topic)
+    if held:
+        kept = store.name if config.sink.delivery == "idempotent" else f"{store.name} and {config.progress_topic}"
+        log.warning(
+            "this is a first run, but its topic holds forecasts already: if the deployment ran before, stop it now, "
+            "bring back what it kept, and start again; else all is learnt and published anew from source.start on",
+            topic=config.forecast_topic,
+            offsets=held,
+            kept_in=kept,
+        )
 
 
 def _terms(config: Config, fingerprint: Fingerprint, asked: Asked) -> Terms:

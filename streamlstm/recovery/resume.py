@@ -581,8 +581,8 @@ def _steps_to_replay(chain: Chain, generation: Generation, settings: Settings) -
         newest = chain.incarnations[-1][1].learning if chain.incarnations else generation.provenance.settings.learning
         if told := tell_changes(newest, settings.learning):
             raise ConfigError(
-                f"{told}; but {len(pending)} steps since the last checkpoint must be replayed with them as they were: "
-                "set them back, start, stop with SIGTERM, and change them then"
+                f"{told}; but the steps since the last checkpoint, {len(pending)}, must be replayed with them as they "
+                "were: set them back, start, stop with SIGTERM, and change them then"
             )
     return pending
 

@@ -89,6 +89,13 @@ def test_recorded_cuts_give_what_the_live_run_gave(
     assert said["steps"] == said["recorded_digests"]["compared"] == steps
     assert said["recorded_digests"]["differing"] == 0
 
+    # From the last checkpoint on there is nothing: no error, but it must not look like a replay that went well.
+    from_latest = ["replay", "-c", str(service.file), "--cuts", "progress", "--from-checkpoint", "latest"]
+    assert main(from_latest) == 0
+    told = capsys.readouterr()
+    assert f"note: nothing was replayed: no recorded step follows step {steps}" in told.err
+    assert "steps     0; digests: 0 as recorded, 0 differ" in told.out
+
 
 def test_from_a_checkpoint_on_the_published_bytes_are_computed_again_beside_the_running_service(
     deployment: Deployment, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -162,6 +162,23 @@ def test_a_start_that_is_refused_leaves_no_directory_behind(
     assert not (tmp_path / "mistyped").exists()
 
 
+def test_a_first_run_that_finds_forecasts_says_what_to_bring_back(
+    deployment: Deployment, serve: Callable[..., Service]
+) -> None:
+    """Without transactions progress is in the state directory: who loses that begins anew, and nothing refuses it."""
+    fill(deployment, 100)
+    service = serve(deployment, sink={"delivery": "idempotent"})
+    for life in ("first", "second"):
+        service.start()
+        service.wait_ready()
+        service.wait_consumed(60)
+        assert service.stop() == 0
+        said = "this is a first run, but" in service.said()
+        assert said == (life == "second")
+        shutil.rmtree(service.config.checkpoint.url)
+    assert f'"kept_in": "{service.config.checkpoint.url}"' in service.said()
+
+
 def test_all_checkpoints_bad_is_refused_with_the_reason(deployment: Deployment, serve: Callable[..., Service]) -> None:
     service = serve(deployment)
     service.start()

@@ -11,15 +11,17 @@ from typing import Any, Literal
 
 from kafka import errors as kafka_errors
 from kafka.admin import ConfigResource, ConfigResourceType
+from kafka.structs import TopicPartition
 
 from streamlstm.config.model import Config, Source
 from streamlstm.errors import ConfigError, NotAuthorised
-from streamlstm.transport.kafka.clients import Admin, admin
+from streamlstm.transport.kafka.clients import Admin, admin, close_consumer, open_consumer
 from streamlstm.transport.kafka.explain import explain, explained
 
 SHARDS = 1
 """Progress has one partition per shard."""
 
+_OFFSETS_TIMEOUT_MS = 10_000
 _FOR_EVER = "-1"
 _ANY_TIME = str((1 << 63) - 1)
 _HEADROOM = 64 << 10
@@ -101,6 +103,21 @@ def _settings(client: Admin, names: Sequence[str]) -> dict[str, dict[str, str | 
     except (kafka_errors.AuthorizationError, kafka_errors.UnsupportedVersionError):
         return {}
     return {name: {key: entry["value"] for key, entry in described[name].items()} for name in names if described[name]}
+
+
+def count_held(config: Config, topic: str) -> int:
+    """How many offsets a topic holds, in all partitions together."""
+    consumer = open_consumer(config)
+    try:
+        with explained(f"asking what {topic} holds"):
+            places = [TopicPartition(topic, p) for p in consumer.partitions_for_topic(topic) or ()]
+            first, end = (
+                ask(places, timeout_ms=_OFFSETS_TIMEOUT_MS)
+                for ask in (consumer.beginning_offsets, consumer.end_offsets)
+            )
+    finally:
+        close_consumer(consumer)
+    return sum(end[place] - first[place] for place in places)
 
 
 def no_such_topic(source: Source, topic: str) -> ConfigError:

@@ -138,7 +138,7 @@ def test_with_steps_to_replay_the_newest_values_go_on_and_others_are_refused(tmp
         process(CHANGES[0], broker, state, Fate(25)).run()
 
     with pytest.raises(
-        ConfigError, match=r"training\.k2 \(was 11, is \d+\); but \d+ steps .* as they were: set them back"
+        ConfigError, match=r"training\.k2 \(was 11, is \d+\); but the steps .* as they were: set them back"
     ):
         process(SMALL, broker, state).run()
     process(CHANGES[0], broker, state).run()

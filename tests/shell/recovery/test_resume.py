@@ -486,7 +486,7 @@ def test_a_learning_key_is_not_taken_over_while_steps_must_be_replayed(tmp_path)
     crash_after(broker, state, 6, pace=KEEP_ALL)
 
     with pytest.raises(
-        ConfigError, match=r"gain \(was 0\.5, is 0\.\d+\); but \d+ steps .* as they were: set them back"
+        ConfigError, match=r"gain \(was 0\.5, is 0\.\d+\); but the steps .* as they were: set them back"
     ):
         Process(broker, state, settings=changed_settings(gain=0.1)).run()
     Process(broker, state).run()
