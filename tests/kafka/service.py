@@ -104,12 +104,13 @@ class Service:
             return json.loads(answer.read())
 
     def wait_committed(self, records: int, timeout_s: float) -> None:
-        """Until so many offsets in all are committed."""
+        """Until this life has committed its way to so many offsets in all."""
         wait_for(lambda: self.committed() >= records, timeout_s, f"{records} records are committed")
 
     def committed(self) -> int:
-        """Offsets of all partitions together, by this life and those before; 0 until it is ready."""
-        return sum(p["next_offset"] or 0 for p in self.positions())
+        """Offsets of all partitions together; 0 until this life has committed something."""
+        positions = self.positions()
+        return sum(p["next_offset"] or 0 for p in positions) if any(self.status()["records"].values()) else 0
 
     def nothing_left(self) -> bool:
         """Whether all that was there at the last fetch is read. What was read last may not be committed yet."""
