@@ -15,10 +15,9 @@ from typing import Any
 import pytest
 import torch
 from broker import Cluster, wait_until
-from deployment import Deployment, outputs
+from deployment import Deployment, fill, outputs
 from network import Fault, Network
 from service import Service
-from test_run import fill
 
 from streamlstm.config.keys import config_hash
 from streamlstm.engine.core import Engine

@@ -9,11 +9,10 @@ from pathlib import Path
 
 import pytest
 from broker import Cluster, wait_until
-from deployment import Deployment
+from deployment import Deployment, fill
 from kafka import errors as kafka_errors
 from service import Service
 from test_bad_network import LONGEST_S, Campaign, equals_a_run_without_faults
-from test_run import fill
 
 from streamlstm.cli.main import main
 from streamlstm.transport.kafka.topics import create_topics

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from broker import Cluster
-from deployment import Deployment
+from deployment import Deployment, coordinates, fill
 from kafka.admin import (
     ACL,
     ACLFilter,
@@ -21,7 +21,6 @@ from kafka.admin import (
     UserScramCredentialUpsertion,
 )
 from service import Service, wait_for
-from test_run import coordinates, fill
 
 USER, PASSWORD = "bob", "bob-secret"
 READ, WRITE, DELETE = ACLOperation.READ, ACLOperation.WRITE, ACLOperation.DELETE
