@@ -92,7 +92,7 @@ MISTAKES = (
         (
             "tests/shell/transport/test_kafka_settings.py",
             "tests/kafka/test_kafka_source.py::test_a_position_that_retention_deleted_is_a_gap_with_its_offsets",
-            "tests/kafka/test_kafka_source.py::test_a_position_beyond_the_end_is_a_gap_too",
+            "tests/kafka/test_kafka_source.py::test_a_position_beyond_the_end_is_a_log_that_was_cut_back",
         ),
     ),
     Mistake(
@@ -100,11 +100,11 @@ MISTAKES = (
         (
             Edit(
                 "streamlstm/transport/kafka/source.py",
-                "        for tp, offset in wanted.items():\n            self._seek(",
+                "        for tp, offset in wanted.items():\n            epoch = ",
                 "        with admin(self._config.source) as client:\n"
                 "            told = client.list_group_offsets({self._config.name: None})[self._config.name]\n"
                 "        wanted |= {tp: at.offset for tp, at in told.items() if tp in wanted}\n"
-                "        for tp, offset in wanted.items():\n            self._seek(",
+                "        for tp, offset in wanted.items():\n            epoch = ",
             ),
         ),
         ("tests/kafka/test_faults.py::test_what_the_consumer_group_says_moves_nothing",),
