@@ -1,4 +1,5 @@
 import errno
+import itertools
 import os
 import queue
 from dataclasses import replace
@@ -341,6 +342,27 @@ def test_a_broker_that_comes_back_in_time_is_waited_for(tmp_path):
     assert process.journal.events("warning") == ["the broker is away; waiting"]
     assert "the broker is back" in process.journal.events("info")
     assert process.watching.phases[-4:] == ["running", "waiting", "running", "stopping"]
+
+
+def test_each_absence_of_the_broker_is_timed_by_itself(tmp_path):
+    process = Process(filled(30), tmp_path / "state")
+    process.begin()
+    poll, away = process.source.poll, itertools.cycle([True, True, True, False])
+
+    def sometimes(max_records, timeout_s):
+        if next(away):
+            process.clock.advance(1.0)
+            raise Temporary("nobody there")
+        return poll(max_records, timeout_s)
+
+    process.source.poll = sometimes
+    process.stop.wait = lambda _: False
+    assert process.daemon is not None
+    process.daemon.run()
+    process.store.close()
+
+    assert len(process.publisher.broker.published) == 30
+    assert process.journal.events("info").count("the broker is back") > 1
 
 
 def test_a_broker_that_stays_away_ends_it_with_a_restart(tmp_path):
