@@ -90,7 +90,7 @@ class MemoryBucket(pafs.FileSystemHandler):
     def delete_dir(self, path: str) -> None:
         for name in [name for name in self.objects if name.startswith(f"{path}/")]:
             self.trouble.point(f"delete {name}")
-            del self.objects[name]
+            self.objects.pop(name, None)  # what another process deleted meanwhile is no error of a store
         self.trouble.point(f"delete {path}, done")
 
     def open_input_stream(self, path: str) -> pa.NativeFile:
