@@ -119,6 +119,15 @@ def test_limits_that_bite_later_are_told_at_once(bare: Deployment) -> None:
     assert "are deleted as soon as they are made" in said
 
 
+def test_a_topic_that_an_election_may_cut_back_is_told(bare: Deployment) -> None:
+    progress, forecasts = bare.config.progress_topic, bare.config.forecast_topic
+    for topic, value in ((bare.input, "true"), (progress, "true"), (forecasts, "false")):
+        bare.make_topic(topic, 1, unclean_leader_election_enable=value)
+    create_topics(bare.config)
+    said = [w.partition(":")[0] for w in check_topics(bare.config) if "unclean" in w]
+    assert sorted(said) == sorted(f"{t} has unclean.leader.election.enable=true" for t in (bare.input, progress))
+
+
 def test_a_topic_of_ours_that_refuses_times_the_input_accepts_is_told(bare: Deployment) -> None:
     bare.make_topic(bare.input, 1, message_timestamp_after_max_ms="7200000")
     bare.make_topic(bare.config.forecast_topic, 1, message_timestamp_after_max_ms="3600000")

@@ -153,6 +153,7 @@ def check_topics(config: Config) -> list[str]:
     for progress in chain:
         _refuse_progress(progress)
     warnings = [w for topic in (*chain, forecasts) for w in _durability(topic)]
+    warnings += [w for topic in there.values() for w in _unclean(topic)]
     warnings += [w for progress in chain for w in _progress_retention(progress)]
     inputs = [there[name] for name in config.source.topics]
     warnings += [w for topic in inputs for w in _input_warnings(topic)]
@@ -203,6 +204,13 @@ def _durability(topic: Topic) -> list[str]:
         return [f"{topic.name} has min.insync.replicas={in_sync}: a commit may be lost with one broker; set it to 2"]
     if in_sync >= topic.replicas:
         return [f"{topic.name} has min.insync.replicas={in_sync} of {topic.replicas}: it stalls without any one broker"]
+    return []
+
+
+def _unclean(topic: Topic) -> list[str]:
+    key = "unclean.leader.election.enable"
+    if (topic.settings or {}).get(key) == "true":
+        return [f"{topic.name} has {key}=true: an election may take back what was learnt or committed; set it to false"]
     return []
 
 
