@@ -10,7 +10,7 @@ older one was found good; when none is, nothing is touched and the start is refu
 import errno
 import time
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Self
@@ -195,16 +195,18 @@ class CheckpointStore:
         self._seen_whole(loaded.generation)
         return loaded
 
-    def newest(self, beyond: Mapping[int, Refused] | None = None) -> tuple[Loaded | None, list[Refused]]:
+    def newest(
+        self, beyond: Mapping[int, Refused] | None = None, among: Sequence[int] | None = None
+    ) -> tuple[Loaded | None, list[Refused]]:
         """
         The newest generation that is whole, and the newer ones that are not, which are to be put aside.
 
-        ``beyond`` holds generations that the progress chain does not know. ``None`` is returned when
-        there is none at all. Raises :class:`~streamlstm.errors.CheckpointError`, naming each reason, when there are
-        some and none is good.
+        ``beyond`` holds generations that the progress chain does not know; ``among`` are the :meth:`steps` to look
+        at, all by default. ``None`` is returned when there is none at all. Raises
+        :class:`~streamlstm.errors.CheckpointError`, naming each reason, when there are some and none is good.
         """
         refused: list[Refused] = []
-        for step in reversed(self.steps()):
+        for step in reversed(self.steps() if among is None else among):
             if beyond and step in beyond:
                 refused.append(beyond[step])
                 continue

@@ -38,7 +38,7 @@ from streamlstm.recovery.progress import (
 )
 from streamlstm.recovery.repetition import Repeat, Repeated, Repetition
 from streamlstm.recovery.segments import Segments
-from streamlstm.recovery.standing import Unusable, why_not_on
+from streamlstm.recovery.standing import Unusable, judge_refused, why_not_on
 from streamlstm.transport.interfaces import LiveSource, Position, ProgressLog, Publisher
 
 Decode = Callable[[Messages], RecordBatch]
@@ -176,7 +176,8 @@ def resume(world: World, terms: Terms, witness: Witness) -> Ready:
     2.  Find the newest generation that is whole, and check that its layout is ours and it is of this configuration.
     3.  Take over the transactional id: whoever published under it until now is fenced.
     4.  Read the progress chain to its end; nobody else can extend it any more. A generation that the chain does not
-        know is put aside, and the next older one taken.
+        know is put aside, and the next older one taken. That there is none is refused, unless it is the doing of
+        another process in the same object store.
     5.  Check topic ids, partition count and retention.
     6.  On a first run, or while there is no step and the configuration changed: make generation 0 durable. Likewise
         where a refused start is to begin anew, which a branch then records, or to be rebuilt from the log.
@@ -193,13 +194,14 @@ def resume(world: World, terms: Terms, witness: Witness) -> Ready:
     laps = _Laps(world.monotonic_s)
     began = world.monotonic_s()
     world.store.open()  # 1
-    found = _find(world.store, terms, {})  # 2
+    seen = world.store.steps()
+    found = _find(world, terms, seen, {})  # 2
     if found.loaded is not None and found.loaded.generation.step > 0 and not terms.fresh:
         _check_identity(found.loaded.generation, terms.settings)
     began = laps.lap("load", began)
 
     world.publisher.begin_session()  # 3
-    found, chain = _read_progress(world, terms, found)  # 4
+    found, chain = _read_progress(world, terms, seen, found)  # 4
     if found.loaded is not None:
         for unused in found.refused:
             tell = witness.left_behind if unused.left else witness.found_bad
@@ -265,19 +267,33 @@ def resume(world: World, terms: Terms, witness: Witness) -> Ready:
     )
 
 
-def _find(store: CheckpointStore, terms: Terms, beyond: Mapping[int, Refused]) -> _Found:
+def _find(
+    world: World, terms: Terms, seen: Sequence[int], beyond: Mapping[int, Refused], chain: Chain | None = None
+) -> _Found:
     """The newest generation that is whole and not ``beyond``. None being good is refused, if it cannot be mended."""
     try:
-        return _Found(*store.newest(beyond))
+        return _Found(*world.store.newest(beyond, seen))
     except CheckpointError as error:
-        if isinstance(error.__cause__, NewerSchema) or not (terms.fresh or terms.rebuild):
+        if isinstance(error.__cause__, NewerSchema):
             raise
-        return _Found(None, (), error)
+        return _Found(None, (), _refuse(world, seen, chain, error, mended=terms.fresh or terms.rebuild))
 
 
-def _read_progress(world: World, terms: Terms, found: _Found) -> tuple[_Found, Chain]:
+def _refuse(
+    world: World, seen: Sequence[int], chain: Chain | None, error: StreamlstmError, *, mended: bool
+) -> StreamlstmError:
+    """Raise what there being nothing to go on from means; return it where it is for good, and to be ``mended``."""
+    judged = judge_refused(error, world.store, seen, world.progress, chain)
+    if judged is not error:
+        raise judged from error
+    if not mended:
+        raise error
+    return error
+
+
+def _read_progress(world: World, terms: Terms, seen: Sequence[int], found: _Found) -> tuple[_Found, Chain]:
     """The chain, and the newest generation that stands on it."""
-    name = terms.settings.name
+    name, mended = terms.settings.name, terms.fresh or terms.rebuild
     if found.loaded is None:
         chain = read_chain(world.progress.read(), name)
         if chain.tip is None or found.refusal is not None:
@@ -287,10 +303,10 @@ def _read_progress(world: World, terms: Terms, found: _Found) -> tuple[_Found, C
             f"the progress log holds {chain.last_step} steps of {name!r}, but {world.store.name} has no "
             f"checkpoint{aside}"
         )
-        if not (terms.fresh or terms.rebuild):
+        if not mended:
             again = "have everything computed again by `run --rebuild-from-log`, " if _from_its_first(chain) else ""
-            raise ProgressError(f"{told}: bring it back, {again}or start anew with `run --fresh`")
-        return _Found(None, (), CheckpointError(told)), chain
+            told += f": bring it back, {again}or start anew with `run --fresh`"
+        return _Found(None, (), _refuse(world, seen, chain, ProgressError(told), mended=mended)), chain
 
     _check_name(found.loaded.generation, world.store.name, name)
     link = found.loaded.generation.provenance.progress
@@ -304,14 +320,13 @@ def _read_progress(world: World, terms: Terms, found: _Found) -> tuple[_Found, C
         left = generation.provenance.revision < chain.revision
         try:
             reason = why_not_on(chain, generation)
-        except Unusable as error:
-            if not (terms.fresh or terms.rebuild):
-                raise
+        except ProgressError as error:
+            _refuse(world, seen, chain, error, mended=mended and isinstance(error, Unusable))
             reason, left = str(error), False
         if reason is None:
             break
         beyond[generation.step] = Refused(generation.step, reason, left)
-        found = _find(world.store, terms, beyond)
+        found = _find(world, terms, seen, beyond, chain)
     return found, chain
 
 

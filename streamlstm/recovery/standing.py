@@ -1,6 +1,8 @@
-"""Whether a generation stands on the chain, and what it means when our producer is refused."""
+"""Whether a generation stands on the chain, and what it means when our producer, or our start, is refused."""
 
-from streamlstm.errors import CheckpointError, ProgressError, StreamlstmError, Superseded
+from collections.abc import Sequence
+
+from streamlstm.errors import CheckpointError, ProgressError, StreamlstmError, Superseded, Temporary
 from streamlstm.recovery.checkpoint import CheckpointStore
 from streamlstm.recovery.generations import Generation, Provenance
 from streamlstm.recovery.progress import Branch, Chain, Incarnation, Link, decode_record
@@ -94,6 +96,30 @@ def judge_fenced(error: Fenced, progress: ProgressLog, tip: Link | None, incarna
     What a refused producer means. If somebody else wrote since: :class:`~streamlstm.errors.Superseded`, not to be
     restarted, or two hosts would fence each other for ever. Otherwise our own transaction took too long, and a restart
     mends it. ``tip`` is the newest record that was ours or that we had read.
+    """
+    return _taken_over(progress, tip, incarnation) or error
+
+
+def judge_refused(
+    error: StreamlstmError, store: CheckpointStore, seen: Sequence[int], progress: ProgressLog, chain: Chain | None
+) -> StreamlstmError:
+    """
+    What it means that a start has nothing to go on from. An object store knows no lock: who is in it beside us may have
+    written and pruned since we had ``seen`` its generations, and then it says nothing about what is there now.
+
+    If somebody else wrote to the chain since we read it: :class:`~streamlstm.errors.Superseded`. If only the
+    generations are others, or we have read no ``chain`` yet, a restart finds out. Otherwise it stays what it was.
+    """
+    if chain is not None and (superseded := _taken_over(progress, chain.tip, "")):
+        return superseded
+    if store.steps() != seen:
+        return Temporary(f"another process has written or pruned in {store.name} since this one started: {error}")
+    return error
+
+
+def _taken_over(progress: ProgressLog, tip: Link | None, incarnation: str) -> Superseded | None:
+    """
+    Whether somebody else wrote after ``tip``, as far as the chain can be read.
 
     Steps count as well as an incarnation, which may have been trimmed while we slept.
     """
@@ -101,7 +127,7 @@ def judge_fenced(error: Fenced, progress: ProgressLog, tip: Link | None, incarna
         entries = progress.read(tip.offset + 1 if tip else 0)
         records = [decode_record(entry) for entry in entries]
     except StreamlstmError:
-        return error
+        return None
     for record in records:
         if isinstance(record, Branch):
             return Superseded(
@@ -114,4 +140,4 @@ def judge_fenced(error: Fenced, progress: ProgressLog, tip: Link | None, incarna
                 f"another process took this deployment over (incarnation {writer}); this one ends and must not be "
                 "restarted"
             )
-    return error
+    return None

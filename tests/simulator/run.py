@@ -237,9 +237,9 @@ class Simulation:
         if "gaps" in self.twists:
             errors += [Temporary]  # retention overtook a replay
         if superseded:
-            errors += [Superseded, Temporary, ProgressError]  # the last: it had no generation yet, and the other began
-            if self.world.bucket:
-                errors += [CheckpointNotWritten, CheckpointError]  # the other wrote, or pruned, what this one had seen
+            errors += [Superseded, Temporary]
+            # The other wrote what this one was to write or put aside; or began while this one had no generation yet.
+            errors += [CheckpointNotWritten if self.world.bucket else ProgressError]
         return tuple(errors)
 
     def between(self) -> None:

@@ -6,20 +6,21 @@ import re
 import threading
 import time
 from contextlib import suppress
+from dataclasses import replace
 
 import pyarrow.fs as pafs
 import pytest
 import torch
-from fakes import Broker, Crash, Fate, Process, fingerprint, message
+from fakes import PACE, Broker, Crash, Fate, Process, fingerprint, message
 from objects import MemoryBucket, Trouble, object_store
 
 from streamlstm.engine.state import EngineState
-from streamlstm.errors import CheckpointError, CheckpointNotWritten, ConfigError, Temporary
+from streamlstm.errors import CheckpointError, CheckpointNotWritten, ConfigError, Superseded, Temporary
 from streamlstm.records.batch import SeriesId
 from streamlstm.recovery.background import BackgroundWriter, Failed
 from streamlstm.recovery.checkpoint import CheckpointStore, Keep
 from streamlstm.recovery.generations import Provenance, Settings
-from streamlstm.recovery.progress import Link
+from streamlstm.recovery.progress import Link, decode_record
 from streamlstm.transport.interfaces import Position
 
 
@@ -390,3 +391,65 @@ def test_a_service_killed_anywhere_goes_on_from_an_object_store_as_if_it_had_nev
         engine = Process(killed, object_store(objects, fate), fate).run()
         assert engine.state().digests() == never.state().digests(), at
         assert [m.value for m in killed.published] == [m.value for m in expected.published], at
+
+
+def overtake(objects: dict[str, bytes], there: Broker) -> None:
+    """Another host's whole life, which leaves no older generation than its newest."""
+    there.inputs["in"][0] += [message(f"k{i % 4}", float(i)) for i in range(60)]
+    Process(there, object_store(objects), keep=1).run()
+
+
+@pytest.mark.parametrize("asked", [{}, {"fresh": True}, {"rebuild": True}])
+def test_generations_that_another_host_prunes_while_we_start_are_worth_a_restart(asked):
+    there, objects = broker(), {}
+    Process(there, object_store(objects)).run()
+    slow = Process(there, object_store(objects), **asked)
+    load = slow.store.load
+
+    def late(step):
+        slow.store.load = load
+        overtake(objects, there)
+        return load(step)
+
+    slow.store.load = late
+    with pytest.raises(Temporary, match="another process has written or pruned") as caught:
+        slow.begin()
+    assert caught.value.exit_code == 75
+    again = Process(there, object_store(objects))
+    again.run()
+    assert again.ready is not None
+    assert again.ready.source == "checkpoint"
+
+
+def test_a_chain_that_another_host_trimmed_before_we_read_it_is_worth_a_restart():
+    there, objects = broker(), {}
+    Process(there, object_store(objects)).run()
+    slow = Process(there, object_store(objects))
+    begin_session = slow.publisher.begin_session
+    slow.publisher.begin_session = lambda: (overtake(objects, there), begin_session())[1]
+
+    with pytest.raises(Temporary, match="another process has written or pruned"):
+        slow.begin()
+    Process(there, object_store(objects)).run()
+
+
+def test_generations_pruned_by_a_host_that_took_over_from_us_while_we_start_end_us_for_good():
+    there, objects = broker(), {}
+    Process(there, object_store(objects), pace=replace(PACE, trim=False)).run()
+    # The newest generation is beyond the chain, which lost its end: an older one is looked for once the chain is read.
+    *_, before, newest = object_store(objects).steps()
+    last = {entry: getattr(decode_record(entry), "last", 0) for entry in there.progress}
+    there.progress = [entry for entry, step in last.items() if step <= before < newest]
+    slow = Process(there, object_store(objects))
+    read = slow.world.progress.read
+
+    def early(start=0):
+        entries = read(start)
+        if start == 0:
+            overtake(objects, there)
+        return entries
+
+    slow.world.progress.read = early
+    with pytest.raises(Superseded) as caught:
+        slow.begin()
+    assert caught.value.exit_code == 76
