@@ -30,7 +30,7 @@ def prepare_device(config: Config) -> str:
 
 
 # glibc's own numbers for what follows, and its own upper bound for the first one's value.
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
 _LARGE_BYTES = 32 << 20
 _KEPT_BYTES = 128 << 20
 
@@ -44,5 +44,6 @@ def keep_freed_memory() -> None:
     """
     with suppress(OSError, AttributeError):
         libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(_M_ARENA_MAX, 1)  # or each thread would keep as much
         libc.mallopt(_M_MMAP_THRESHOLD, _LARGE_BYTES)
         libc.mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES)

@@ -37,7 +37,7 @@ from streamlstm.service.sightings import Sightings
 from streamlstm.service.stopping import Stop, signals_stop
 from streamlstm.service.watch import watch
 from streamlstm.transport.deadline import Deadline, leave
-from streamlstm.transport.kafka.preflight import preflight
+from streamlstm.transport.kafka.preflight import HungUpOn, preflight
 from streamlstm.transport.kafka.source import KafkaSource
 from streamlstm.transport.kafka.topics import check_topics, count_held
 
@@ -110,6 +110,8 @@ def _refuse_without_credentials(config: Config) -> None:
     """
     try:
         preflight(config.source, budget_s=_TO_LOOK_S)
+    except HungUpOn:
+        return  # or it is one that is just going away
     except NotAuthorised:
         raise
     except StreamlstmError:
@@ -169,8 +171,11 @@ def _check_machine(config: Config, device: str, log: Log) -> Fingerprint:
 
 
 def _warn_of_another_life(config: Config, store: CheckpointStore, log: Log) -> None:
-    """A first run, by all that is kept; but what was published tells whether it is."""
-    held = count_held(config, config.forecast_topic)
+    """A first run, by all that is kept; but what was published tells whether it is. Advice: no start fails for it."""
+    try:
+        held = count_held(config, config.forecast_topic)
+    except StreamlstmError:
+        return
     if held:
         kept = store.name if config.sink.delivery == "idempotent" else f"{store.name} and {config.progress_topic}"
         log.warning(

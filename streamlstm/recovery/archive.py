@@ -44,6 +44,8 @@ class Outside(NamedTuple):
 class ArchiveFiles:
     """The files of one generation in a tar. See :class:`~streamlstm.recovery.generations.Files`."""
 
+    readers = 1  # they share the tar's position
+
     def __init__(self, path: Path, tar: tarfile.TarFile) -> None:
         self._tar = tar
         self._members: Mapping[PurePosixPath, tarfile.TarInfo] = _members(path, tar)

@@ -56,10 +56,13 @@ class Directory:
         """
         if self._lock is not None:
             return
+        was_there = False
         try:
             if not self.directory.exists():
-                self._disk.make_directory(self.directory)
-                self._made = True
+                with suppress(FileExistsError):  # another process was quicker
+                    self._disk.make_directory(self.directory)
+                    self._made = True
+            was_there = True
             if not self.directory.is_dir():
                 raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
             if not os.access(self.directory, os.W_OK | os.X_OK | os.R_OK):
@@ -71,9 +74,14 @@ class Directory:
             self._sweep()
             # A generation may be there whose writer was killed between the rename and this: seen, but not yet safe.
             self._disk.sync_directory(self.directory)
-        except OSError:
+        except OSError as error:
             self.close()
+            if was_there and not os.path.lexists(self.directory):
+                raise self._is_left() from error
             raise
+
+    def _is_left(self) -> Temporary:
+        return Temporary(f"{self.setting}: {self.directory} is being left by another process; start again")
 
     def close(self) -> None:
         """Let go of the lock."""
@@ -83,8 +91,8 @@ class Directory:
 
     def leave(self) -> None:
         """Let go of it, and remove it if it was made here and has come to hold nothing."""
-        if self._lock is not None and self._made and self._names() == [_LOCK]:
-            with suppress(OSError):
+        with suppress(OSError):
+            if self._lock is not None and self._made and self._names() == [_LOCK]:
                 # While it is locked: whoever opened it before finds that it is not the one that is there any more.
                 (self.directory / _LOCK).unlink()
                 self.directory.rmdir()
@@ -151,7 +159,7 @@ class Directory:
         there = _stat(self.directory / _LOCK)
         if there is None or not os.path.samestat(there, os.fstat(fd)):
             self.close()
-            raise Temporary(f"{self.setting}: {self.directory} is being left by another process; start again")
+            raise self._is_left()
         os.ftruncate(fd, 0)
         os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
 
@@ -240,6 +248,8 @@ class DiskDraft:
 
 class DirectoryFiles:
     """The files of one generation; no link is followed. See :class:`~streamlstm.recovery.generations.Files`."""
+
+    readers = 2
 
     def __init__(self, path: Path) -> None:
         self._path = path

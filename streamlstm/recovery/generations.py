@@ -58,7 +58,6 @@ _BESIDE = "beside.json"
 _BESIDE_ARRAYS = "beside.pt"
 MANIFEST_LIMIT = 64 << 20
 _BLOCK = 1 << 20
-_READERS = 2
 
 _Struct = TypeVar("_Struct", bound=msgspec.Struct)
 _Count = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
@@ -227,7 +226,12 @@ class Readable(Protocol):
 
 
 class Files(Protocol):
-    """The files of one generation, wherever they are."""
+    """The files of one generation, wherever they are; ``readers`` of them may be read at the same time."""
+
+    @property
+    def readers(self) -> int:
+        """See above."""
+        ...
 
     def manifest(self) -> AbstractContextManager[Readable]:
         """Open the manifest. Raises :class:`~streamlstm.errors.CheckpointError` when it is not there."""
@@ -545,11 +549,11 @@ def _checked(files: Files, manifest: Manifest, name: str) -> bytes:
 
 def _checked_ahead(files: Files, manifest: Manifest, names: Iterable[str]) -> Generator[bytes]:
     """The bytes of several; the next ones are read and hashed while one is parsed."""
-    with ThreadPoolExecutor(_READERS, "checkpoint-read") as readers:
+    with ThreadPoolExecutor(files.readers, "checkpoint-read") as readers:
         coming: deque[Future[bytes]] = deque()
         for name in names:
             coming.append(readers.submit(_checked, files, manifest, name))
-            if len(coming) > _READERS:
+            if len(coming) > files.readers:
                 yield coming.popleft().result()
         while coming:
             yield coming.popleft().result()

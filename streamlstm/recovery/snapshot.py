@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain, repeat
-from typing import IO, Any, BinaryIO, NamedTuple, Protocol, cast
+from typing import Any, BinaryIO, NamedTuple, Protocol, cast
 from urllib.parse import quote
 
 import numpy as np
@@ -32,8 +32,8 @@ from streamlstm.series.table import Rows, Slots
 if sys.byteorder != "little":  # pragma: no cover
     raise ImportError("streamlstm stores tensors as little-endian rows, and this machine is big-endian")
 
-# What a file holds at most: bounds what a checkpoint takes beside the snapshot itself, and lets a reader check one file
-# while it parses another.
+# What a file holds at most: bounds what a checkpoint takes beside the snapshot itself, some six times as much where the
+# disk is slow, and lets a reader check one file while it parses another.
 _FILE_BYTES = 32 << 20
 _FILE_ROWS = 8192
 
@@ -256,7 +256,10 @@ def join_series(
 def write_tensors(sink: Sink, tensors: dict[str, Tensor]) -> None:
     """Named tensors as torch writes them; on the CPU, and each with no more storage than its own."""
     own = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
-    torch.save(own, cast("IO[bytes]", _Stream(sink)))
+    # In memory first: a process that ends while torch waits for whoever writes would not end well.
+    made = io.BytesIO()
+    torch.save(own, made)
+    sink.write(made.getvalue())
 
 
 def read_tensors(data: bytes) -> dict[str, Tensor]:

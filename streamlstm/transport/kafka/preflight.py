@@ -28,6 +28,10 @@ _EXPIRED, _NOT_YET_VALID, _WRONG_NAME, _WRONG_ADDRESS = 10, 9, 62, 64
 _CONNECTION_ENDED = (HungUp, ConnectionResetError, BrokenPipeError, ssl.SSLEOFError, ssl.SSLZeroReturnError)
 
 
+class HungUpOn(NotAuthorised):
+    """Nobody said that we are refused: the connection ended at a place where it does when we are."""
+
+
 @dataclass(frozen=True, slots=True)
 class _Attempt:
     """One server, how to speak to it, and until when (monotonic)."""
@@ -94,8 +98,9 @@ def _record(outcomes: dict[str, StreamlstmError | None], attempt: _Attempt) -> N
 
 def _worst(causes: dict[str, StreamlstmError]) -> StreamlstmError:
     """One exception for all servers, of the kind that a person can mend soonest."""
-    for kind in (NotAuthorised, ConfigError, Unavailable):
-        if any(isinstance(error, kind) for error in causes.values()):
+    kinds = set(map(type, causes.values()))
+    for kind in (NotAuthorised, HungUpOn, ConfigError, Unavailable):
+        if kind in kinds:
             return kind("cannot use Kafka: " + "; ".join(f"{server}: {error}" for server, error in causes.items()))
     raise AssertionError(f"an unforeseen kind of failure: {causes}")
 
@@ -210,7 +215,7 @@ def _mute(attempt: _Attempt, host: str, port: int, error: Exception) -> Streamls
             f"set it to {'SASL_SSL' if protocol.startswith('SASL_') else 'SSL or SASL_SSL'}"
         )
     if attempt.context is not None:
-        return NotAuthorised("the broker closed the connection after TLS: it may want a client certificate (cert_file)")
+        return HungUpOn("the broker closed the connection after TLS: it may want a client certificate (cert_file)")
     return Unavailable(f"what answers there is no Kafka broker: {error or 'it closed the connection'}")
 
 
@@ -253,14 +258,12 @@ def _authenticate(attempt: _Attempt, connection: Connection) -> None:
         sasl_plain_username=security.username,
         sasl_plain_password=attempt.password,
     )
-    refused = NotAuthorised(
-        f"the broker refuses user {security.username} by {security.sasl_mechanism}: wrong name or password"
-    )
+    refused = f"the broker refuses user {security.username} by {security.sasl_mechanism}: wrong name or password"
     while not mechanism.is_done():
         try:
             answer = connection.authenticate(mechanism.auth_bytes())
         except _CONNECTION_ENDED as error:
-            raise refused from error
+            raise HungUpOn(refused) from error
         if answer.error:
             raise NotAuthorised(f"{refused} ({answer.message})")
         try:

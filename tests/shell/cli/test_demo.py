@@ -4,10 +4,13 @@ import os
 import pty
 import re
 import select
+import signal
 import socket
 import subprocess
 import sys
 import time
+from collections.abc import Generator
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -55,12 +58,22 @@ def test_a_port_that_is_taken_is_said_so_and_a_free_one_used(capsys: pytest.Capt
 
 def test_on_a_terminal_a_table_lives_while_metrics_are_served_and_ctrl_c_ends_it_well() -> None:
     ours, theirs = pty.openpty()
-    with subprocess.Popen(
-        [sys.executable, "-m", "streamlstm.cli.main", "demo", "--source", "synthetic", "--seconds", "0", "--port", "0"],
-        stdout=theirs,
-        stderr=theirs,
-        env={**os.environ, "TERM": "xterm", "COLUMNS": "120", "LINES": "40"},
-    ) as process:
+    command = [
+        sys.executable,
+        "-m",
+        "streamlstm.cli.main",
+        "demo",
+        "--source",
+        "synthetic",
+        "--seconds",
+        "0",
+        "--port",
+        "0",
+    ]
+    environment = {**os.environ, "TERM": "xterm", "COLUMNS": "120", "LINES": "40"}
+    with _interruptible():
+        started = subprocess.Popen(command, stdout=theirs, stderr=theirs, env=environment)
+    with started as process, _ended(process):
         os.close(theirs)
         shown = _read_until(ours, rb"metrics at http://127.0.0.1:(\d+)/metrics", 60)
         port = int(re.search(rb"127.0.0.1:(\d+)/metrics", shown)[1])
@@ -74,6 +87,26 @@ def test_on_a_terminal_a_table_lives_while_metrics_are_served_and_ctrl_c_ends_it
         assert re.search(rb"records of 8 series", _read_until(ours, rb"updates of the weights", 30))
         assert process.wait(30) == 0
     os.close(ours)
+
+
+@contextmanager
+def _interruptible() -> Generator[None]:
+    """What is started inside does not inherit that SIGINT is ignored, as it is where tests run in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@contextmanager
+def _ended(process: subprocess.Popen[bytes]) -> Generator[None]:
+    """It waits for its terminal to be read, and would do so for ever once nobody does."""
+    try:
+        yield
+    except BaseException:
+        process.kill()
+        raise
 
 
 def _read_until(terminal: int, pattern: bytes, timeout_s: float) -> bytes:

@@ -21,7 +21,8 @@ from fakes import Crash, Fate, FatedDisk, digest_directory, fingerprint
 from streamlstm.engine.state import EngineState
 from streamlstm.errors import CheckpointError, CheckpointNotWritten, ConfigError, Temporary
 from streamlstm.records.batch import SeriesId
-from streamlstm.recovery import snapshot
+from streamlstm.recovery import directory, snapshot
+from streamlstm.recovery.archive import export, load_outside, open_outside
 from streamlstm.recovery.background import BackgroundWriter
 from streamlstm.recovery.checkpoint import CheckpointStore, Keep, open_store
 from streamlstm.recovery.directory import Directory, DirectoryFiles
@@ -766,3 +767,46 @@ def test_meta_says_where_it_stands(store):
     assert meta["positions"][0] == {"topic": "in", "partition": 0, "next_offset": 5, "leader_epoch": None}
     assert meta["progress"] == {"offset": 10, "digest": "digest 5"}
     assert meta["config"]["learning"] == {"training.k1": 16}
+
+
+class Interrupted(Directory):
+    """Somebody else does something between two of its steps."""
+
+    meanwhile = staticmethod(lambda: None)
+
+    def _open_lock(self):
+        self.meanwhile()
+        return super()._open_lock()
+
+
+def test_a_directory_that_is_just_being_left_is_to_be_tried_again(tmp_path):
+    leaving = open_store(tmp_path / "state").open()
+    coming = Interrupted(tmp_path / "state")
+    coming.meanwhile = leaving.leave
+    with pytest.raises(Temporary, match="is being left by another process"):
+        coming.open()
+    coming.meanwhile = lambda: None
+    coming.open()
+    coming.leave()
+
+
+def test_a_directory_that_cannot_be_looked_into_any_more_is_let_go_of(tmp_path, monkeypatch):
+    store = open_store(tmp_path / "state").open()
+
+    def broken(_):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(directory, "_names", broken)
+        store.leave()
+    open_store(tmp_path / "state").open().close()
+
+
+def test_an_archive_of_many_files_is_read_whole_every_time(tmp_path, store, monkeypatch):
+    monkeypatch.setattr(snapshot, "_FILE_ROWS", 20)
+    made = state(5, series=400)
+    store.write(made, provenance(5))
+    export(store, 5, tmp_path / "a.tar")
+    for _ in range(20):
+        with open_outside(tmp_path / "a.tar") as outside:
+            assert load_outside(outside, "a.tar").state.digests() == made.digests()
