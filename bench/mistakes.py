@@ -34,6 +34,7 @@ class Mistake(NamedTuple):
 
 
 SIMULATOR = "tests/simulator/test_simulator.py"
+LAWS = "tests/core/engine/test_laws.py"
 ENUMERATION = f"{SIMULATOR}::test_every_operation_on_the_disk_may_fail_or_be_the_last"
 CAMPAIGN = f"{SIMULATOR}::test_hundreds_of_kills_cost_nothing"
 LINKS = f"{SIMULATOR}::test_every_link_to_a_file_of_an_older_checkpoint_may_fail_or_be_the_last"
@@ -142,7 +143,7 @@ MISTAKES = (
                 "            windows = Windows(*(t * mask.view(-1, *[1] * (t.dim() - 1)) for t in windows))\n",
             ),
         ),
-        ("tests/core/engine/test_laws.py", "tests/core/engine/test_oracle.py"),
+        (f"{LAWS}::test_a_carry_zeroed_after_a_window_joined_leaves_the_window_wherever_steps_end",),
     ),
     Mistake(
         "mask by multiplication: carries that are not finite",
@@ -153,7 +154,7 @@ MISTAKES = (
                 "        self._h.mul_(~bad.unsqueeze(1))\n        self._c.mul_(~bad.unsqueeze(1))\n",
             ),
         ),
-        ("tests/core/learning/test_cells.py", "tests/core/engine/test_laws.py"),
+        ("tests/core/learning/test_cells.py", f"{LAWS}::test_weights_that_overflow_change_no_law"),
     ),
     Mistake(
         "wall clock in the engine: what lies in the future",
@@ -177,7 +178,7 @@ MISTAKES = (
             Edit("streamlstm/learning/model.py", "manual_seed(seed)", "manual_seed(time.time_ns())"),
             Edit("streamlstm/learning/model.py", "\nimport torch\n", "\nimport time\n\nimport torch\n"),
         ),
-        ("tests/core/engine/test_laws.py", "lint-imports"),
+        (LAWS, "lint-imports"),
     ),
     Mistake(
         "series beyond memory: forgotten at a start",

@@ -165,6 +165,7 @@ def test_weights_that_overflow_change_no_law(kind):
     state, reports = run(range(201))
     whole_state, whole = run([0, 200])
     assert sum(report.resets["non_finite"] for report in reports) > 0
+    assert all(state.column(name).isfinite().all() for name in ("carry_h", "carry_c"))
     assert streams.outputs(whole) == streams.outputs(reports)
     assert whole_state.digests() == state.digests()
     assert all(np.isfinite(report.forecasts.yhat_MK[report.forecasts.age_M > 20]).all() for report in whole)
@@ -193,6 +194,8 @@ def test_a_carry_zeroed_after_a_window_joined_leaves_the_window_wherever_steps_e
     assert sum(report.resets["non_finite"] for report in reports) > 0
     assert any(update.used for update in updates)
     assert any(update.used < update.windows for update in updates)
+    assert not any(update.skipped for update in updates), "a window that is left out costs the others nothing"
+    assert all(np.isfinite(update.loss) for update in updates if update.used)
     assert streams.outputs(whole) == streams.outputs(reports)
     assert whole_state.digests() == state.digests()
 
