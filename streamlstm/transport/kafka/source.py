@@ -379,6 +379,10 @@ class KafkaSource:
             return self._out_of_range(error.args[0])
         divergent: Mapping[TopicPartition, Any] | None = getattr(error, "divergent_offsets", None)
         if divergent is not None:  # LogTruncationError
+            try:
+                self._refuse_anew(self.topic_ids())  # a shorter topic of the same name looks like it
+            except (TopicChanged, Temporary) as anew:
+                return anew
             had = {tp: self._by_name[tp].cut_end or 0 for tp in divergent}
             return _cut_back(had, {tp: 0 if at is None else at.offset for tp, at in divergent.items()})
         return explain(error, "reading the input")
