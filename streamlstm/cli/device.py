@@ -6,6 +6,11 @@ from contextlib import suppress
 
 from streamlstm.config.model import Config
 
+# What glibc calls these settings; 32 MiB is the most it takes for the second.
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
+_LARGE_BYTES = 32 << 20
+_KEPT_BYTES = 128 << 20
+
 
 def prepare_device(config: Config) -> str:
     """
@@ -25,17 +30,11 @@ def prepare_device(config: Config) -> str:
     torch.use_deterministic_algorithms(True, warn_only=True)
     # New memory is written before it is read here; filling it first took a twentieth of a step.
     torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]
-    keep_freed_memory()
+    _keep_freed_memory()
     return resolve_device(config.runtime.device)
 
 
-# glibc's own numbers for what follows, and its own upper bound for the first one's value.
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
-_LARGE_BYTES = 32 << 20
-_KEPT_BYTES = 128 << 20
-
-
-def keep_freed_memory() -> None:
+def _keep_freed_memory() -> None:
     """
     Let glibc keep up to 128 MiB of what was freed, instead of giving it back to the kernel and asking for it again.
 

@@ -1,8 +1,8 @@
 """
 The files of a generation, made in one thread and written in another: neither the processor nor the disk waits.
 
-Who writes stays in its own thread and does every file operation there, one after the other; what is made runs a bounded
-number of bytes ahead of it.
+Who writes stays in its own thread and does every file operation there, one after the other; what is made runs at most
+four blocks ahead of it, each of which may hold on to the file it is part of.
 """
 
 import hashlib

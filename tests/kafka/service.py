@@ -158,3 +158,12 @@ class Service:
     def close(self) -> None:
         if self.child is not None:
             self.kill()
+
+
+def published(service: Service) -> dict[int, list[int]]:
+    """The offsets committed readers have a forecast for, by revision."""
+    seen: dict[int, list[int]] = {}
+    for value in service.deployment.committed(service.config.forecast_topic):
+        told = json.loads(value)
+        seen.setdefault(told["model"]["revision"], []).append(told["source"]["offset"])
+    return {revision: sorted(offsets) for revision, offsets in seen.items()}

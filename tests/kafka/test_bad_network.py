@@ -7,8 +7,8 @@ done; who asks again is told apart by the broker, or the progress log says.
 
 import random
 import time
-from collections.abc import Callable, Generator
-from contextlib import suppress
+from collections.abc import Callable, Generator, Sequence
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +88,15 @@ def outputs_of(step: bytes) -> Outputs:
     return outputs(step, [step + b" a", step + b" b"], [step + b" bad"])
 
 
+def be_struck(network: Network, session: Session, requests: Sequence[bytes], fault: Fault) -> None:
+    """At each of these requests in turn, with something published every time."""
+    for request in requests:
+        strike = network.strike(request.decode(), fault)
+        session.publish(request)
+        assert strike.struck.is_set()
+    assert session.longest_s < LONGEST_S
+
+
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_transaction_is_there_once_or_not_at_all_and_the_progress_log_says_which(
     deploy: Callable[..., Deployment], cluster: Cluster, network: Network, fault: Fault
@@ -96,15 +105,9 @@ def test_a_transaction_is_there_once_or_not_at_all_and_the_progress_log_says_whi
     publisher = KafkaPublisher(far(deployment, network), deployment.deadline)
     session = Session(publisher, lambda: [entry.value for entry in deployment.progress().read()])
     steps = [b"InitProducerId", b"AddPartitionsToTxn", b"Produce", b"EndTxn"]
-    try:
-        for step in steps:
-            strike = network.strike(step.decode(), fault)
-            session.publish(step)
-            assert strike.struck.is_set()
-    finally:
-        publisher.close()
+    with closing(publisher):
+        be_struck(network, session, steps, fault)
 
-    assert session.longest_s < LONGEST_S
     assert [entry.value for entry in deployment.progress().read()] == steps
     forecasts = [step + part for step in steps for part in (b" a", b" b")]
     assert deployment.committed(deployment.config.forecast_topic) == forecasts
@@ -119,15 +122,9 @@ def test_without_transactions_all_of_it_is_there_and_a_second_copy_is_the_same(
     publisher = IdempotentPublisher(far(deployment, network), Journal(tmp_path / "journal"), deployment.deadline)
     session = Session(publisher, lambda: [entry.value for entry in Journal(tmp_path / "journal").read()])
     steps = [b"InitProducerId", b"Produce"]
-    try:
-        for step in steps:
-            strike = network.strike(step.decode(), fault)
-            session.publish(step)
-            assert strike.struck.is_set()
-    finally:
-        publisher.close()
+    with closing(publisher):
+        be_struck(network, session, steps, fault)
 
-    assert session.longest_s < LONGEST_S
     assert [entry.value for entry in Journal(tmp_path / "journal").read()] == steps
     forecasts = {step + part for step in steps for part in (b" a", b" b")}
     assert set(deployment.committed(deployment.config.forecast_topic)) == forecasts

@@ -1,6 +1,5 @@
 """What becomes of the service when other brokers become leaders: those that know all, and those that do not."""
 
-import json
 import re
 from collections.abc import Callable, Generator
 from contextlib import suppress
@@ -11,7 +10,7 @@ import pytest
 from broker import Cluster, wait_until
 from deployment import Deployment, fill
 from kafka import errors as kafka_errors
-from service import Service
+from service import Service, published
 from test_bad_network import LONGEST_S, Campaign, equals_a_run_without_faults
 
 from streamlstm.cli.main import main
@@ -93,15 +92,6 @@ def serve(
     yield make
     for service in made:
         service.close()
-
-
-def published(service: Service) -> dict[int, list[int]]:
-    """The offsets committed readers have a forecast for, by revision."""
-    seen: dict[int, list[int]] = {}
-    for value in service.deployment.committed(service.config.forecast_topic):
-        told = json.loads(value)
-        seen.setdefault(told["model"]["revision"], []).append(told["source"]["offset"])
-    return {revision: sorted(offsets) for revision, offsets in seen.items()}
 
 
 class TestElections:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from broker import Cluster
 from deployment import Deployment
-from service import Service, wait_for
+from service import Service, published, wait_for
 
 RECORDS = 2_000
 
@@ -50,15 +50,6 @@ def is_refused(service: Service, *options: str) -> str:
     service.start(*options)
     assert service.wait() == 65
     return service.complaint()
-
-
-def published(service: Service) -> dict[int, list[int]]:
-    """The offsets committed readers have a forecast for, by revision."""
-    seen: dict[int, list[int]] = {}
-    for value in service.deployment.committed(service.config.forecast_topic):
-        told = json.loads(value)
-        seen.setdefault(told["model"]["revision"], []).append(told["source"]["offset"])
-    return {revision: sorted(offsets) for revision, offsets in seen.items()}
 
 
 def proven(service: Service, *options: str) -> dict:

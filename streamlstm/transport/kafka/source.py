@@ -380,7 +380,8 @@ class KafkaSource:
         divergent: Mapping[TopicPartition, Any] | None = getattr(error, "divergent_offsets", None)
         if divergent is not None:  # LogTruncationError
             try:
-                self._refuse_anew(self.topic_ids())  # a shorter topic of the same name looks like it
+                # A shorter topic of the same name looks like one that was cut back.
+                self._refuse_anew(self.topic_ids())
             except (TopicChanged, Temporary) as anew:
                 return anew
             had = {tp: self._by_name[tp].cut_end or 0 for tp in divergent}

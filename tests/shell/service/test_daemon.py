@@ -2,6 +2,7 @@ import errno
 import itertools
 import os
 import queue
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import BinaryIO
@@ -320,20 +321,24 @@ def test_bad_input_is_published(tmp_path):
     assert len(broker.published) == 2
 
 
-def test_a_broker_that_comes_back_in_time_is_waited_for(tmp_path):
-    process = Process(filled(30), tmp_path / "state")
-    process.begin()
-    poll, away = process.source.poll, [3]
+def be_away(process: Process, away: Iterator[bool]) -> None:
+    """At each of its polls the broker is away for a second, or there."""
+    poll = process.source.poll
 
     def sometimes(max_records, timeout_s):
-        if away[0]:
-            away[0] -= 1
+        if next(away):
             process.clock.advance(1.0)
             raise Temporary("nobody there")
         return poll(max_records, timeout_s)
 
     process.source.poll = sometimes
     process.stop.wait = lambda _: False
+
+
+def test_a_broker_that_comes_back_in_time_is_waited_for(tmp_path):
+    process = Process(filled(30), tmp_path / "state")
+    process.begin()
+    be_away(process, itertools.chain([True] * 3, itertools.repeat(False)))
     assert process.daemon is not None
     process.daemon.run()
     process.store.close()
@@ -347,16 +352,7 @@ def test_a_broker_that_comes_back_in_time_is_waited_for(tmp_path):
 def test_each_absence_of_the_broker_is_timed_by_itself(tmp_path):
     process = Process(filled(30), tmp_path / "state")
     process.begin()
-    poll, away = process.source.poll, itertools.cycle([True, True, True, False])
-
-    def sometimes(max_records, timeout_s):
-        if next(away):
-            process.clock.advance(1.0)
-            raise Temporary("nobody there")
-        return poll(max_records, timeout_s)
-
-    process.source.poll = sometimes
-    process.stop.wait = lambda _: False
+    be_away(process, itertools.cycle([True, True, True, False]))
     assert process.daemon is not None
     process.daemon.run()
     process.store.close()
