@@ -53,17 +53,18 @@ def targets(windows: Windows, horizons: int) -> Tensor:
     Matched by the clock, not by counting messages: position i and horizon j train on the record at clock n_i + j.
     """
     clock_BT = windows.clock_BT
+    place_BT = torch.zeros_like(clock_BT)
     # Gaps longer than the horizons all look alike, so the grid of clocks stays small.
-    leap_BT = clock_BT.diff(dim=1).clamp(max=horizons + 1)
-    place_BT = torch.cat([torch.zeros_like(clock_BT[:, :1]), leap_BT.cumsum(1)], 1)
+    torch.cumsum(clock_BT.diff(dim=1).clamp_(max=horizons + 1), 1, out=place_BT[:, 1:])
     length = int(place_BT[:, -1].max()) + 1 + horizons
     grid = torch.full((len(clock_BT), length), torch.nan, dtype=torch.float64, device=clock_BT.device)
     grid.scatter_(1, place_BT, windows.y_BT)
-    ahead_K = torch.arange(1, horizons + 1, device=clock_BT.device)
-    index = (place_BT.unsqueeze(2) + ahead_K).flatten(1)
-    y_BTK = grid.gather(1, index).view(*clock_BT.shape, horizons)
-    scaled_BTK = (y_BTK - windows.base_BT.unsqueeze(2)) / windows.scale_BT.unsqueeze(2)
-    return scaled_BTK.clamp(-TARGET_LIMIT, TARGET_LIMIT).float()
+    # Row r is what stands at the grid's places r … r + K - 1, the windows' grids one behind the other.
+    ahead_RK = grid.flatten().unfold(0, horizons, 1)
+    first_B1 = length * torch.arange(len(clock_BT), device=clock_BT.device).unsqueeze(1)
+    y_BTK = ahead_RK[(place_BT + 1 + first_B1).flatten()].view(*clock_BT.shape, horizons)
+    scaled_BTK = y_BTK.sub_(windows.base_BT.unsqueeze(2)).div_(windows.scale_BT.unsqueeze(2))
+    return scaled_BTK.clamp_(-TARGET_LIMIT, TARGET_LIMIT).float()
 
 
 class Gradient(NamedTuple):
@@ -74,79 +75,118 @@ class Gradient(NamedTuple):
 
 
 @torch.no_grad()
-def gradient(flat: Tensor, shape: Shape, windows: Windows, loss: Loss) -> Gradient:  # noqa: PLR0915, because forward and backward mirror each other
+def gradient(flat: Tensor, shape: Shape, windows: Windows, loss: Loss) -> Gradient:
     """
     The masked loss over the targets that have arrived, and its gradient by BPTT over the whole window.
 
     ∂cₜ/∂cₜ₋₁ = fₜ is what carries the error back. With no target at all, loss and gradient are zero.
     """
     w = view(flat, shape)
-    f, hidden, horizons = shape
-    fast = prepare(w)
-    x_TBF = windows.x_BTF.transpose(0, 1)
-    steps, batch = x_TBF.shape[0], x_TBF.shape[1]
+    _, hidden, horizons = shape
+    batch, steps = windows.clock_BT.shape
+    unroll = _Unrolled(flat, shape, windows)
+    unroll.forward()
 
-    # Forward. Views are made once for all steps: making one costs as much as a small operation.
-    gates = torch.matmul(x_TBF, fast.gates[:f, : 4 * hidden]).add_(fast.gate_bias[: 4 * hidden])
-    z_T = gates.unbind(0)
-    i_TBH, keep_TBH, candidate_TBH, o_TBH = gates.split(hidden, 2)
-    i_T, keep_T, s_T, o_T = i_TBH.unbind(0), keep_TBH.unbind(0), candidate_TBH.unbind(0), o_TBH.unbind(0)
-    h_TBH = torch.empty((steps + 1, batch, hidden), device=flat.device)
-    c_TBH, tanh_TBH = torch.empty_like(h_TBH), torch.empty_like(h_TBH)
-    h_TBH[0], c_TBH[0] = windows.h_BH, windows.c_BH
-    h_T, c_T, tanh_T = h_TBH.unbind(0), c_TBH.unbind(0), tanh_TBH.unbind(0)
-    recurrent, scratch = fast.gates[f:, : 4 * hidden], torch.empty_like(c_T[0])
-    for t in range(steps):
-        z_T[t].addmm_(h_T[t], recurrent).sigmoid_()
-        # c = f·c + i·g with g = 2s − 1
-        torch.sub(s_T[t], 0.5, out=scratch)
-        torch.mul(c_T[t], keep_T[t], out=c_T[t + 1]).addcmul_(i_T[t], scratch, value=2)
-        torch.tanh(c_T[t + 1], out=tanh_T[t + 1])
-        torch.mul(o_T[t], tanh_T[t + 1], out=h_T[t + 1])
-
-    # Head and loss.
-    h_rows = h_TBH[1:].reshape(-1, hidden)
-    output_TBK = torch.addmm(w.head_bias, h_rows, w.head).view(steps, batch, horizons)
-    error_TBK = output_TBK - targets(windows, horizons).transpose(0, 1)
-    here_TBK = ~error_TBK.isnan()
-    count = here_TBK.sum().clamp(min=1)
+    h_rows = unroll.h_TBH.reshape(-1, hidden)
+    error_TBK = torch.addmm(w.head_bias, h_rows, w.head).view(steps, batch, horizons)
+    error_TBK.sub_(targets(windows, horizons).transpose(0, 1))
+    missing_TBK = error_TBK.isnan()
+    # Every loss and its slope are zero there.
+    error_TBK.masked_fill_(missing_TBK, 0)
+    count = (missing_TBK.numel() - missing_TBK.sum()).clamp(min=1)
     value_TBK, slope_TBK = _loss_and_slope(error_TBK, loss)
-    total = torch.where(here_TBK, value_TBK, 0).sum() / count
-    d_output = (torch.where(here_TBK, slope_TBK, 0) / count).view(-1, horizons)
+    d_output = slope_TBK.div_(count).view(-1, horizons)
 
     out = torch.zeros_like(flat)
     d = view(out, shape)
     torch.mm(h_rows.t(), d_output, out=d.head)
     torch.sum(d_output, 0, out=d.head_bias)
+    unroll.backward(torch.mm(d_output, w.head.t()).view(steps, batch, hidden), _with_bias(out, shape))
+    return Gradient(value_TBK.sum() / count, out)
 
-    # Backward: all factors that do not depend on the error first, in bulk. σ' = σ(1 − σ); g = 2σ(2z) − 1 has 4σ(1 − σ).
-    slopes = (1 - gates).mul_(gates).view(steps, batch, 4, hidden)
-    slopes[:, :, 0].mul_(2 * candidate_TBH - 1)
-    slopes[:, :, 1].mul_(c_TBH[:-1])
-    slopes[:, :, 2].mul_(4 * i_TBH)
-    slopes[:, :, 3].mul_(tanh_TBH[1:])
-    into_c_T = ((1 - tanh_TBH[1:].square()).mul_(o_TBH)).unbind(0)
-    d_h_T = torch.mm(d_output, w.head.t()).view(steps, batch, hidden).unbind(0)
-    d_z = torch.empty_like(gates)
-    d_z_T = d_z.unbind(0)
-    by_c, by_h = d_z.view(steps, batch, 4, hidden).split([3, 1], 2)
-    by_c_T, by_h_T = by_c.unbind(0), by_h.squeeze(2).unbind(0)
-    slopes_c_T, slopes_h_T = slopes[:, :, :3].unbind(0), slopes[:, :, 3].unbind(0)
-    back = w.gates[f:].t()
-    d_c = torch.zeros_like(c_T[0])
-    d_c_B1H = d_c.unsqueeze(1)
-    for t in range(steps - 1, -1, -1):
-        if t + 1 < steps:
-            d_h_T[t].addmm_(d_z_T[t + 1], back)
-        d_c.addcmul_(d_h_T[t], into_c_T[t])
-        torch.mul(slopes_c_T[t], d_c_B1H, out=by_c_T[t])
-        torch.mul(slopes_h_T[t], d_h_T[t], out=by_h_T[t])
-        d_c.mul_(keep_T[t])
-    rows = d_z.view(-1, 4 * hidden)
-    torch.mm(x_TBF.reshape(-1, f).t(), rows, out=d.gates[:f])
-    torch.mm(h_TBH[:-1].reshape(-1, hidden).t(), rows, out=d.gates[f:])
-    torch.sum(rows, 0, out=d.gate_bias)
-    return Gradient(total, out)
+
+def _with_bias(flat: Tensor, shape: Shape) -> Tensor:
+    """The gates' weights and, as the last row, their bias ``[F + H + 1, 4, H]``: they stand one behind the other."""
+    f, hidden, _ = shape
+    return flat[: (f + hidden + 1) * 4 * hidden].view(f + hidden + 1, 4, hidden)
+
+
+class _Unrolled:
+    """
+    The network over T steps of B windows, with what its backward pass needs.
+
+    One row a step: [s − ½, cₜ₋₁, i, f, s, o], where s = σ(2z) and the candidate is g = 2s − 1. The first three are what
+    the cell's gradient is multiplied by for i, f and s, up to the constants in ``_CELL``; the last four are what the
+    product with [xₜ, hₜ₋₁, 1] fills. All work of a step is done on its row while that is in the cache. Views are made
+    once for all steps: making one costs as much as a small operation.
+    """
+
+    _PREACTIVATION = (1.0, 1.0, 2.0, 1.0)  # of 2z for the candidate
+    _CELL = (2.0, 1.0, 4.0, 1.0)  # ∂c/∂i = 2(s − ½); ∂c/∂z = i·2·2σ′(2z)
+
+    def __init__(self, flat: Tensor, shape: Shape, windows: Windows) -> None:
+        f, hidden, _ = shape
+        batch, steps = windows.clock_BT.shape
+        self._weights = _with_bias(flat, shape)
+        self._recurrent = slice(f, f + hidden)
+        joined = torch.empty((steps + 1, batch, f + hidden + 1), device=flat.device)
+        rows = torch.empty((steps + 1, batch, 6, hidden), device=flat.device)
+        tanh_TBH = torch.empty((steps, batch, hidden), device=flat.device)
+        h = joined[:, :, self._recurrent]
+        joined[:steps, :, :f] = windows.x_BTF.transpose(0, 1)
+        joined[:, :, -1] = 1
+        h[0] = windows.h_BH
+        rows[0, :, 1] = windows.c_BH
+        self.h_TBH = h[1:]
+        self._joined_T, self._h_T, self._tanh_T = joined.unbind(0), h.unbind(0), tanh_TBH.unbind(0)
+        self._z_T, self._by_c_T = rows[:, :, 2:].flatten(2).unbind(0), rows[:, :, :3].unbind(0)
+        self._g_T, self._c_T, self._i_T, self._f_T, self._s_T, self._o_T = (part.unbind(0) for part in rows.unbind(2))
+
+    def forward(self) -> None:
+        """Fill the rows, and ``h_TBH``."""
+        weights = _times(self._weights, self._PREACTIVATION).flatten(1)
+        g_T, c_T, i_T, f_T, s_T, o_T = self._g_T, self._c_T, self._i_T, self._f_T, self._s_T, self._o_T
+        for t, tanh in enumerate(self._tanh_T):
+            torch.mm(self._joined_T[t], weights, out=self._z_T[t]).sigmoid_()
+            # c = f·c + i·g with g = 2(s − ½)
+            torch.sub(s_T[t], 0.5, out=g_T[t])
+            torch.mul(c_T[t], f_T[t], out=c_T[t + 1]).addcmul_(i_T[t], g_T[t], value=2)
+            torch.tanh(c_T[t + 1], out=tanh)
+            torch.mul(o_T[t], tanh, out=self._h_T[t + 1])
+
+    def backward(self, d_h_TBH: Tensor, d_weights: Tensor) -> None:
+        """
+        From the gradient of the hidden states by the head, which is used up, that of weights and bias.
+        ``d_weights`` comes in as zeros.
+
+        With σ′ = σ − σ²; tanh′ = 1 − tanh², of which o·tanh² = h·tanh.
+        """
+        back = _times(self._weights[self._recurrent], self._CELL).flatten(1).t()
+        flat_d_weights = d_weights.flatten(1)
+        d_z = torch.empty_like(self._z_T[0])
+        slope = torch.empty_like(d_z)
+        d_c = torch.zeros_like(self._tanh_T[0])
+        by_c, by_h = d_z.unflatten(1, (4, -1)).split([3, 1], 1)
+        by_h, d_c_B1H = by_h.squeeze(1), d_c.unsqueeze(1)
+        d_h_T = d_h_TBH.unbind(0)
+        last = len(d_h_T) - 1
+        for t in range(last, -1, -1):
+            d_h, z = d_h_T[t], self._z_T[t]
+            if t < last:
+                d_h.addmm_(d_z, back)
+            torch.mul(d_h, self._tanh_T[t], out=by_h)
+            d_c.addcmul_(d_h, self._o_T[t]).addcmul_(by_h, self._h_T[t + 1], value=-1)
+            torch.mul(self._by_c_T[t], d_c_B1H, out=by_c)
+            torch.addcmul(z, z, z, value=-1, out=slope)
+            d_z.mul_(slope)
+            flat_d_weights.addmm_(self._joined_T[t].t(), d_z)
+            d_c.mul_(self._f_T[t])
+        d_weights.copy_(_times(d_weights, self._CELL))
+
+
+def _times(gates: Tensor, factors: tuple[float, ...]) -> Tensor:
+    """Each gate's columns of ``[N, 4, H]`` by its factor."""
+    return gates * torch.tensor(factors, device=gates.device).unsqueeze(1)
 
 
 def _loss_and_slope(error: Tensor, loss: Loss) -> tuple[Tensor, Tensor]:
