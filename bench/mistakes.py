@@ -127,8 +127,8 @@ MISTAKES = (
         (
             Edit(
                 "streamlstm/learning/tbptt.py",
-                "d_output = (torch.where(here_TBK, slope_TBK, 0) / count)",
-                "d_output = (slope_TBK * here_TBK / count)",
+                "error_TBK.masked_fill_(missing_TBK, 0)",
+                "error_TBK.mul_(~missing_TBK)",
             ),
         ),
         ("tests/core/learning/test_tbptt.py", f"{ORACLE}::test_hostile_values_spoil_neither_weights_nor_forecasts"),
