@@ -26,8 +26,9 @@ def prepare_device(config: Config) -> str:
     from streamlstm.engine.device import resolve_device  # noqa: PLC0415, because it loads torch
 
     torch.set_num_threads(config.runtime.threads)
-    # Only a warning where there is no such algorithm: integer sums on a GPU, which are exact in any order.
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    # Only a warning where there is no such algorithm: integer sums on a GPU, which are exact in any order. The other
+    # function for it loads torch's compiler, which takes most of a second.
+    torch.set_deterministic_debug_mode("warn")
     # New memory is written before it is read here; filling it first took a twentieth of a step.
     torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]
     _keep_freed_memory()

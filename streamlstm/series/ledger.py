@@ -82,13 +82,16 @@ class Ledger:
         scale_NK = table.gather_at("ledger_scale", selection, place_NK)
         output_NK = table.gather_at("ledger_output", selection, place_NK * self._horizons + (self._j_K - 1))
         offset_NK = table.gather_at("ledger_offset", selection, place_NK)
-        network_NK = base_NK + scale_NK * output_NK.double()
-        seasonal_NK = base_NK
+        error_NXK = y_N.new_empty((len(y_N), 3, self._horizons))
+        network_NK, last_NK, seasonal_NK = error_NXK.unbind(1)
+        y_N1 = y_N.unsqueeze(1)
+        torch.sub(y_N1, scale_NK.mul_(output_NK).add_(base_NK), out=network_NK)
+        torch.sub(y_N1, base_NK, out=last_NK)
+        back_NK = base_NK
         if season is not None:
             back_NK = season.naive(table, selection, clock_N)
-            seasonal_NK = torch.where(back_NK.isnan(), base_NK, back_NK)
-        forecast_NXK = torch.stack([network_NK, base_NK, seasonal_NK], 1)
-        error_NXK = y_N[:, None, None] - forecast_NXK
-        error_NXK = torch.where(there_NK.unsqueeze(1), error_NXK, torch.nan)
+            back_NK = torch.where(back_NK.isnan(), base_NK, back_NK)
+        torch.sub(y_N1, back_NK, out=seasonal_NK)
+        error_NXK.masked_fill_(~there_NK.unsqueeze(1), torch.nan)
         scored_NK = ~error_NXK[:, 0].isnan()
         return error_NXK, torch.where(scored_NK, offset_NK, -1)

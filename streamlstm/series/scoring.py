@@ -80,8 +80,10 @@ def _take_in(scored_BK: Tensor, means_B2XK: Tensor, error_NXK: Tensor, widths: l
     weight_NK = (1 / count_NK.clamp(min=1)).clamp(min=ALPHA) * here_NK
 
     # What is not scored has weight zero; it stands as 0, so nothing here is ever NaN.
-    error_NXK = torch.where(missing_NK.unsqueeze(1), 0, error_NXK)
-    worth_N2XK = torch.stack([error_NXK.abs(), error_NXK * error_NXK], 1)
+    error_NXK = error_NXK.masked_fill(missing_NK.unsqueeze(1), 0)
+    worth_N2XK = error_NXK.new_empty((len(error_NXK), 2, *error_NXK.shape[1:]))
+    torch.abs(error_NXK, out=worth_N2XK[:, 0])
+    torch.mul(error_NXK, error_NXK, out=worth_N2XK[:, 1])
     for worth, weight in zip(worth_N2XK.split(widths), weight_NK[:, None, None].split(widths), strict=True):
         mean = means_B2XK[: len(weight)]
-        mean.add_((worth - mean).mul_(weight))
+        mean.add_(worth.sub_(mean).mul_(weight))
