@@ -28,7 +28,7 @@ from streamlstm.engine.core import Engine
 from streamlstm.records.batch import Range, RecordBatch, SeriesId
 from streamlstm.recovery.background import in_a_thread
 from streamlstm.recovery.checkpoint import CheckpointStore, open_store
-from streamlstm.recovery.generations import Provenance, Settings
+from streamlstm.recovery.provenance import Provenance, Settings
 from streamlstm.transport.interfaces import Position
 
 PER_STEP = 500

@@ -24,10 +24,10 @@ from streamlstm.records.batch import Cut, Messages, Range, RecordBatch, Rejected
 from streamlstm.recovery.background import BackgroundWriter
 from streamlstm.recovery.checkpoint import CheckpointStore, Keep, open_store
 from streamlstm.recovery.disk import Disk
-from streamlstm.recovery.generations import Settings
 from streamlstm.recovery.journal import DIRECTORY
 from streamlstm.recovery.journal import Journal as StepJournal
 from streamlstm.recovery.making import Census, EngineMaker
+from streamlstm.recovery.provenance import Settings
 from streamlstm.recovery.resume import Ready, Terms, World, resume
 from streamlstm.service.daemon import Daemon, Encode, Pace, Startup
 from streamlstm.service.observer import Observers

@@ -18,7 +18,6 @@ from streamlstm.errors import DataError
 from streamlstm.records.decode import compile_decoder
 from streamlstm.recovery.checkpoint import open_store
 from streamlstm.recovery.fingerprint import take_fingerprint
-from streamlstm.recovery.generations import Settings
 from streamlstm.recovery.progress import read_chain
 from streamlstm.recovery.proof import (
     Bench,
@@ -29,6 +28,7 @@ from streamlstm.recovery.proof import (
     nothing_compared,
     prove,
 )
+from streamlstm.recovery.provenance import Settings
 from streamlstm.service.logging import configure_logging
 from streamlstm.transport.deadline import Deadline
 from streamlstm.transport.kafka.preflight import preflight

@@ -17,9 +17,11 @@ from streamlstm.records.batch import Messages, Range, RecordBatch
 from streamlstm.records.decode import Decoder, compile_decoder
 from streamlstm.recovery.archive import load_outside, open_outside
 from streamlstm.recovery.checkpoint import open_store
-from streamlstm.recovery.generations import MANIFEST, Generation, Loaded
+from streamlstm.recovery.generations import Loaded
 from streamlstm.recovery.inspection import LATEST, load_of
+from streamlstm.recovery.manifest import MANIFEST
 from streamlstm.recovery.progress import Chain, Link, Value, read_chain
+from streamlstm.recovery.provenance import Generation
 from streamlstm.recovery.resume import why_not_on
 from streamlstm.service.keeping import Begun
 from streamlstm.service.replay import Fed, Made, Recorded, feed_merged, feed_recorded, feed_source

@@ -33,8 +33,9 @@ from streamlstm.recovery.background import BackgroundWriter, in_a_thread
 from streamlstm.recovery.checkpoint import CheckpointStore, Keep, open_store
 from streamlstm.recovery.disk import Disk
 from streamlstm.recovery.fingerprint import compare_fingerprints, take_fingerprint
-from streamlstm.recovery.generations import Loaded, Settings
+from streamlstm.recovery.generations import Loaded
 from streamlstm.recovery.making import EngineMaker
+from streamlstm.recovery.provenance import Settings
 from streamlstm.service.daemon import CheckpointSchedule
 from streamlstm.service.encode import ForecastEncoder
 from streamlstm.service.keeping import Begun, Clocks, Keeper, Live, Terms, take_up

@@ -24,7 +24,7 @@ from streamlstm.recovery.background import BackgroundWriter
 from streamlstm.recovery.branching import way_back
 from streamlstm.recovery.checkpoint import CheckpointStore, Keep, open_store
 from streamlstm.recovery.fingerprint import Fingerprint, doubt_rows, take_fingerprint
-from streamlstm.recovery.generations import Settings
+from streamlstm.recovery.provenance import Settings
 from streamlstm.recovery.resume import Terms, World, resume
 from streamlstm.recovery.stored import SCRATCH
 from streamlstm.service.daemon import Daemon, Log, Pace, Startup, StoppedEarly

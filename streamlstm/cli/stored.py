@@ -23,9 +23,9 @@ from streamlstm.recovery.checkpoint import CheckpointStore, Keep, open_store
 from streamlstm.recovery.difference import Difference, TensorDifference, compare
 from streamlstm.recovery.fingerprint import take_fingerprint
 from streamlstm.recovery.generations import Loaded as State
-from streamlstm.recovery.generations import Settings
 from streamlstm.recovery.inspection import Listed, blaming, describe, list_generations, load_of, none_there, step_of
 from streamlstm.recovery.place import name_of
+from streamlstm.recovery.provenance import Settings
 from streamlstm.recovery.restore import Moved, Rules
 from streamlstm.recovery.restore import restore as go_back
 

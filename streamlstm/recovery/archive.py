@@ -17,19 +17,11 @@ from streamlstm.errors import CheckpointError, CheckpointNotWritten
 from streamlstm.recovery.checkpoint import CheckpointStore
 from streamlstm.recovery.directory import DirectoryFiles
 from streamlstm.recovery.disk import Disk
-from streamlstm.recovery.generations import (
-    MANIFEST,
-    MANIFEST_LIMIT,
-    Files,
-    Generation,
-    Loaded,
-    load_generation,
-    parse_manifest,
-    read_header,
-    verify_generation,
-)
+from streamlstm.recovery.generations import Files, Loaded, load_generation, read_header, verify_generation
 from streamlstm.recovery.inspection import blaming
+from streamlstm.recovery.manifest import MANIFEST, MANIFEST_LIMIT, parse_manifest
 from streamlstm.recovery.place import name_of
+from streamlstm.recovery.provenance import Generation
 
 _MODE = 0o600
 

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from streamlstm.engine.state import EngineState
 from streamlstm.errors import CheckpointNotWritten
 from streamlstm.recovery.checkpoint import CheckpointStore, Keep, Written
-from streamlstm.recovery.generations import Provenance
 from streamlstm.recovery.progress import Link
+from streamlstm.recovery.provenance import Provenance
 from streamlstm.transport.interfaces import Frozen
 
 # A place that is full, read-only, away or in use may come back; any other error says that it loses data.

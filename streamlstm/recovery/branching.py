@@ -12,8 +12,8 @@ from streamlstm.errors import CheckpointError, DataError
 from streamlstm.records.batch import Range
 from streamlstm.recovery.checkpoint import CheckpointStore
 from streamlstm.recovery.exclusions import merge_ranges
-from streamlstm.recovery.generations import Generation
 from streamlstm.recovery.progress import Branch, Chain, Record, encode_record, read_chain
+from streamlstm.recovery.provenance import Generation
 from streamlstm.recovery.standing import judge_fenced, why_not_back
 from streamlstm.transport.interfaces import Fenced, Outputs, Position, ProgressEntry, ProgressLog, Publisher
 

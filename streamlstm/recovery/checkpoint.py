@@ -22,28 +22,21 @@ from streamlstm.recovery.directory import Directory
 from streamlstm.recovery.disk import Disk
 from streamlstm.recovery.encoding import Encoder
 from streamlstm.recovery.generations import (
-    LAYOUT,
     Files,
-    Generation,
     Header,
-    Layout,
-    Listed,
     Loaded,
-    NewerSchema,
-    Provenance,
     copy_file,
-    digest_manifest,
     files_of,
     load_generation,
     read_header,
-    reseal,
-    seal,
     verify_generation,
 )
 from streamlstm.recovery.leavers import Base, LeaversPlan
+from streamlstm.recovery.manifest import LAYOUT, Layout, Listed, NewerSchema, digest_manifest, reseal, seal
 from streamlstm.recovery.objects import ObjectPrefix, connect
 from streamlstm.recovery.place import CHECKPOINT_URL, Attempt, Place, name_of, step_of_bad
 from streamlstm.recovery.progress import Link
+from streamlstm.recovery.provenance import Generation, Provenance
 from streamlstm.recovery.scratch import Scratch, ScratchView
 from streamlstm.transport.interfaces import Frozen
 
@@ -383,7 +376,9 @@ class CheckpointStore:
             assert base is not None
             attempt.link(base.meta.step, base.manifest.attempt, file.name)
             listed[file.name] = base.manifest.files[file.name]
-        manifest = seal(state.step, provenance, listed, attempt.ident, self._layout)
+        manifest = seal(
+            state.step, provenance.settings.hash, provenance.fingerprint, listed, attempt.ident, self._layout
+        )
         committing = time.perf_counter()
         attempt.commit(manifest)
         done = time.perf_counter()

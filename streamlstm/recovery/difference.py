@@ -11,9 +11,10 @@ from torch import Tensor
 from streamlstm.engine.state import EngineState, digest_rows
 from streamlstm.records.batch import SeriesId
 from streamlstm.recovery.fingerprint import compare_fingerprints
-from streamlstm.recovery.generations import Loaded, Provenance
+from streamlstm.recovery.generations import Loaded
 from streamlstm.recovery.inspection import ChangedKey, changed_keys, counters_of
 from streamlstm.recovery.progress import Value
+from streamlstm.recovery.provenance import Provenance
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,7 +20,7 @@ from typing import BinaryIO
 
 from streamlstm.errors import CheckpointError, Temporary
 from streamlstm.recovery.disk import Disk
-from streamlstm.recovery.generations import MANIFEST
+from streamlstm.recovery.manifest import MANIFEST
 from streamlstm.recovery.place import CHECKPOINT_URL, name_of, step_of_bad
 
 _LOCK = "lock"

@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable, Iterable
 from typing import Self
 
-from streamlstm.recovery.generations import Listed
+from streamlstm.recovery.manifest import Listed
 from streamlstm.recovery.snapshot import Sink
 
 _BLOCK = 8 << 20

@@ -13,9 +13,11 @@ from streamlstm.config.keys import changed
 from streamlstm.errors import CheckpointError
 from streamlstm.recovery.checkpoint import CheckpointStore
 from streamlstm.recovery.fingerprint import Fingerprint, compare_fingerprints
-from streamlstm.recovery.generations import MANIFEST, Generation, Header, Loaded, NewerSchema, Settings
+from streamlstm.recovery.generations import Header, Loaded
+from streamlstm.recovery.manifest import MANIFEST, NewerSchema
 from streamlstm.recovery.place import step_of_bad
 from streamlstm.recovery.progress import Value
+from streamlstm.recovery.provenance import Generation, Settings
 
 LATEST = "latest"
 

@@ -36,7 +36,7 @@ import pyarrow.fs as pafs
 
 from streamlstm.config.urls import ObjectUrl
 from streamlstm.errors import CheckpointError, ConfigError, StreamlstmError, Temporary
-from streamlstm.recovery.generations import MANIFEST, digest_manifest, parse_manifest
+from streamlstm.recovery.manifest import MANIFEST, digest_manifest, parse_manifest
 from streamlstm.recovery.place import CHECKPOINT_URL, name_of, step_of_bad
 from streamlstm.transport.deadline import underway
 

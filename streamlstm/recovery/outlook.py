@@ -12,8 +12,8 @@ from streamlstm.records.batch import Range
 from streamlstm.recovery.branching import check_excluded
 from streamlstm.recovery.checkpoint import CheckpointStore
 from streamlstm.recovery.exclusions import merge_ranges
-from streamlstm.recovery.generations import Generation
 from streamlstm.recovery.progress import Chain
+from streamlstm.recovery.provenance import Generation
 from streamlstm.recovery.standing import why_not_back
 from streamlstm.transport.interfaces import Position
 

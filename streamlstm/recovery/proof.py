@@ -15,10 +15,11 @@ from streamlstm.errors import CheckpointError, ConfigError, ProgressError
 from streamlstm.records.batch import Cut, Messages
 from streamlstm.recovery.checkpoint import CheckpointStore, Refused
 from streamlstm.recovery.fingerprint import Fingerprint, compare_fingerprints
-from streamlstm.recovery.generations import Generation, Loaded, Settings
+from streamlstm.recovery.generations import Loaded
 from streamlstm.recovery.joining import Computed, compute_together, join_steps
 from streamlstm.recovery.making import EngineMaker, Steppable
 from streamlstm.recovery.progress import Chain, RecordedStep
+from streamlstm.recovery.provenance import Generation, Settings
 from streamlstm.recovery.resume import Decode, seek_to_replay
 from streamlstm.recovery.segments import Segments
 from streamlstm.recovery.standing import steps_on, why_not_on

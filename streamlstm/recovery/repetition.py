@@ -13,8 +13,8 @@ from typing import NamedTuple
 
 from streamlstm.engine.report import StepReport
 from streamlstm.records.batch import Messages
-from streamlstm.recovery.generations import Generation
 from streamlstm.recovery.progress import Chain, RecordedStep
+from streamlstm.recovery.provenance import Generation
 
 Repeat = Callable[[str, int, Sequence[tuple[StepReport, Messages]]], int]
 """

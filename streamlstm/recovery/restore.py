@@ -14,9 +14,10 @@ from streamlstm.config.keys import tell_changes
 from streamlstm.errors import CheckpointError, ConfigError
 from streamlstm.recovery.archive import open_outside
 from streamlstm.recovery.checkpoint import CheckpointStore
-from streamlstm.recovery.generations import Generation, Settings, verify_generation
+from streamlstm.recovery.generations import verify_generation
 from streamlstm.recovery.inspection import blaming, step_of
 from streamlstm.recovery.place import step_of_bad
+from streamlstm.recovery.provenance import Generation, Settings
 
 
 class Moved(NamedTuple):

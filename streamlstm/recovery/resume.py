@@ -23,9 +23,10 @@ from streamlstm.records.batch import Cut, Messages, Range, RecordBatch
 from streamlstm.recovery.branching import commit_record, describe_branch
 from streamlstm.recovery.checkpoint import CheckpointStore, Refused
 from streamlstm.recovery.fingerprint import Fingerprint, compare_fingerprints
-from streamlstm.recovery.generations import Generation, Loaded, NewerSchema, Provenance, Settings
+from streamlstm.recovery.generations import Loaded
 from streamlstm.recovery.joining import Computed, compute_together, join_steps
 from streamlstm.recovery.making import EngineMaker, Steppable
+from streamlstm.recovery.manifest import NewerSchema
 from streamlstm.recovery.progress import (
     Chain,
     Gap,
@@ -36,6 +37,7 @@ from streamlstm.recovery.progress import (
     RecordedStep,
     read_chain,
 )
+from streamlstm.recovery.provenance import Generation, Provenance, Settings
 from streamlstm.recovery.repetition import Repeat, Repeated, Repetition
 from streamlstm.recovery.segments import Segments
 from streamlstm.recovery.standing import Unusable, judge_refused, why_not_on

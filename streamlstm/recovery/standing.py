@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 from streamlstm.errors import CheckpointError, ProgressError, StreamlstmError, Superseded, Temporary
 from streamlstm.recovery.checkpoint import CheckpointStore
-from streamlstm.recovery.generations import Generation, Provenance
 from streamlstm.recovery.progress import Branch, Chain, Incarnation, Link, decode_record
+from streamlstm.recovery.provenance import Generation, Provenance
 from streamlstm.transport.interfaces import Fenced, ProgressLog
 
 

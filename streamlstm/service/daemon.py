@@ -20,8 +20,8 @@ from streamlstm.recovery.background import BackgroundWriter, Failed, Kept, Outco
 from streamlstm.recovery.checkpoint import Refused
 from streamlstm.recovery.exclusions import drop_excluded
 from streamlstm.recovery.fingerprint import ROWS, Fingerprint
-from streamlstm.recovery.generations import Provenance
 from streamlstm.recovery.progress import Gap, Link, digest_record, encode_record, positions_after, record_steps
+from streamlstm.recovery.provenance import Provenance
 from streamlstm.recovery.repetition import Repeated
 from streamlstm.recovery.resume import Ready, Terms, World
 from streamlstm.recovery.standing import judge_fenced

@@ -15,8 +15,8 @@ from streamlstm.engine.state import EngineState
 from streamlstm.errors import CheckpointError, CheckpointNotWritten, ConfigError, Temporary
 from streamlstm.recovery.background import BackgroundWriter, Failed, Outcome
 from streamlstm.recovery.checkpoint import CheckpointStore, Refused
-from streamlstm.recovery.generations import Provenance, Settings
 from streamlstm.recovery.progress import Value, positions_after
+from streamlstm.recovery.provenance import Provenance, Settings
 from streamlstm.service.daemon import CheckpointSchedule, Log
 from streamlstm.service.replay import Fed, Tally, pack, unpack
 from streamlstm.service.stopping import Stop

@@ -17,8 +17,9 @@ from streamlstm.config.docs import to_yaml  # noqa: E402, because of the line ab
 from streamlstm.config.keys import config_hash, identity_values, learning_values  # noqa: E402, because of it too
 from streamlstm.records.batch import Range  # noqa: E402, because of it too
 from streamlstm.recovery.checkpoint import open_store  # noqa: E402, because of it too
-from streamlstm.recovery.generations import LAYOUT, Provenance, Settings  # noqa: E402, because of it too
+from streamlstm.recovery.manifest import LAYOUT  # noqa: E402, because of it too
 from streamlstm.recovery.progress import Link  # noqa: E402, because of it too
+from streamlstm.recovery.provenance import Provenance, Settings  # noqa: E402, because of it too
 from streamlstm.transport.interfaces import Position  # noqa: E402, because of it too
 
 BEFORE, AFTER, SERIES = 300, 60, 6

@@ -32,10 +32,10 @@ from streamlstm.records.batch import Messages, Range, RecordBatch
 from streamlstm.recovery.background import BackgroundWriter, Outcome
 from streamlstm.recovery.branching import revert
 from streamlstm.recovery.checkpoint import CheckpointStore, Keep, open_store
-from streamlstm.recovery.generations import MANIFEST
 from streamlstm.recovery.journal import DIRECTORY as JOURNAL
 from streamlstm.recovery.journal import Journal
 from streamlstm.recovery.making import EngineMaker
+from streamlstm.recovery.manifest import MANIFEST
 from streamlstm.recovery.resume import Ready
 from streamlstm.recovery.stored import SCRATCH, Room, TieredEngine
 from streamlstm.service.daemon import Daemon, Pace, StoppedEarly

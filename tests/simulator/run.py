@@ -33,8 +33,8 @@ from streamlstm.errors import (
 )
 from streamlstm.records.batch import Range
 from streamlstm.recovery.checkpoint import CheckpointStore
-from streamlstm.recovery.generations import Generation
 from streamlstm.recovery.progress import Branch, Chain, Gap, Incarnation, decode_record, read_chain
+from streamlstm.recovery.provenance import Generation
 from streamlstm.recovery.standing import why_not_on
 from streamlstm.recovery.stored import SCRATCH
 from streamlstm.series.table import Rows

@@ -9,7 +9,7 @@ from streamlstm.engine.state import EngineState
 from streamlstm.errors import ConfigError
 from streamlstm.records.batch import SeriesId
 from streamlstm.recovery.checkpoint import open_store
-from streamlstm.recovery.generations import Provenance, Settings
+from streamlstm.recovery.provenance import Provenance, Settings
 from streamlstm.transport.interfaces import Position
 
 

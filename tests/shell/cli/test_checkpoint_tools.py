@@ -12,8 +12,8 @@ from streamlstm.config.load import load
 from streamlstm.engine.state import EngineState
 from streamlstm.records.batch import SeriesId
 from streamlstm.recovery.checkpoint import open_store
-from streamlstm.recovery.generations import Provenance, Settings
 from streamlstm.recovery.progress import Link
+from streamlstm.recovery.provenance import Provenance, Settings
 from streamlstm.transport.interfaces import Position
 
 LINEAGE = "0123456789abcdef"

@@ -27,8 +27,8 @@ from streamlstm.recovery.background import BackgroundWriter
 from streamlstm.recovery.checkpoint import CheckpointStore, Keep, open_store
 from streamlstm.recovery.directory import Directory, DirectoryFiles
 from streamlstm.recovery.disk import Disk
-from streamlstm.recovery.generations import Provenance, Settings
 from streamlstm.recovery.progress import Link
+from streamlstm.recovery.provenance import Provenance, Settings
 from streamlstm.recovery.snapshot import canonical_json
 from streamlstm.transport.interfaces import Frozen, Position
 

@@ -14,8 +14,8 @@ from fakes import fingerprint
 
 from streamlstm.engine.core import Engine
 from streamlstm.recovery.checkpoint import CheckpointStore, open_store
-from streamlstm.recovery.generations import Provenance, Settings
 from streamlstm.recovery.progress import Link
+from streamlstm.recovery.provenance import Provenance, Settings
 from streamlstm.recovery.stored import Room, TieredEngine
 from streamlstm.transport.interfaces import Frozen, Position
 

@@ -17,7 +17,7 @@ from streamlstm.engine.state import EngineState
 from streamlstm.errors import CheckpointError
 from streamlstm.recovery.checkpoint import CheckpointStore
 from streamlstm.recovery.directory import Directory
-from streamlstm.recovery.generations import LAYOUT, Layout, Migration
+from streamlstm.recovery.manifest import LAYOUT, Layout, Migration
 
 GOLDEN = Path(__file__).parents[2] / "golden"
 SCHEMAS = sorted(GOLDEN.glob("schema-*"))

@@ -17,7 +17,7 @@ from streamlstm.config.model import Config
 from streamlstm.errors import ConfigError
 from streamlstm.records.batch import Messages, RecordBatch
 from streamlstm.recovery.checkpoint import open_store
-from streamlstm.recovery.generations import Settings
+from streamlstm.recovery.provenance import Settings
 
 KEEP_ALL = replace(PACE, trim=False)
 SMALL = streams.small_config(training={"k1": 2, "k2": 6, "batch_series": 3, "max_wait": 12})

@@ -19,8 +19,8 @@ from streamlstm.errors import CheckpointError, CheckpointNotWritten, ConfigError
 from streamlstm.records.batch import SeriesId
 from streamlstm.recovery.background import BackgroundWriter, Failed
 from streamlstm.recovery.checkpoint import CheckpointStore, Keep
-from streamlstm.recovery.generations import Provenance, Settings
 from streamlstm.recovery.progress import Link, decode_record
+from streamlstm.recovery.provenance import Provenance, Settings
 from streamlstm.transport.interfaces import Position
 
 

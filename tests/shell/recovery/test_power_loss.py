@@ -12,7 +12,7 @@ from fakes import fingerprint
 from streamlstm.engine.state import EngineState
 from streamlstm.records.batch import SeriesId
 from streamlstm.recovery.checkpoint import open_store
-from streamlstm.recovery.generations import Provenance, Settings
+from streamlstm.recovery.provenance import Provenance, Settings
 from streamlstm.recovery.scratch import Scratch
 from streamlstm.series.table import Rows
 

@@ -11,9 +11,9 @@ from streamlstm.errors import CheckpointError, ConfigError, ProgressError
 from streamlstm.records.batch import Range
 from streamlstm.recovery.branching import revert
 from streamlstm.recovery.checkpoint import CheckpointStore, open_store
-from streamlstm.recovery.generations import Settings
 from streamlstm.recovery.progress import read_chain
 from streamlstm.recovery.proof import Bench, Verdict, expected_differences, find_start, nothing_compared, prove
+from streamlstm.recovery.provenance import Settings
 
 RECORDS = 120
 KEEP_ALL = replace(PACE, trim=False)

@@ -21,9 +21,9 @@ from streamlstm.engine.state import EngineState, pack, unpack
 from streamlstm.errors import CheckpointError, Temporary
 from streamlstm.records.batch import SeriesId
 from streamlstm.recovery.checkpoint import CheckpointStore, Keep, open_store
-from streamlstm.recovery.generations import Provenance, Settings
 from streamlstm.recovery.making import EngineMaker
 from streamlstm.recovery.progress import Link
+from streamlstm.recovery.provenance import Provenance, Settings
 from streamlstm.recovery.stored import Room, TieredEngine
 from streamlstm.series.table import Rows
 from streamlstm.transport.interfaces import Position
