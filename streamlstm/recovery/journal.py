@@ -12,6 +12,7 @@ else is not as it was written is damage, and is refused. The two can be told apa
 file short, or left out whole sectors, which then read as zeros; a value is text.
 """
 
+import contextlib
 import hashlib
 import logging
 import re
@@ -37,7 +38,6 @@ _CRC = struct.Struct("<I")
 _DIGEST_BYTES = 16
 _HEADER_BYTES = _NUMBERED.size + _CRC.size + _DIGEST_BYTES
 _SECTOR_BYTES = 512
-_READ_ATTEMPTS = 10
 
 _log = logging.getLogger(__name__)
 
@@ -108,19 +108,34 @@ class Journal:
 
     def read(self, start: int = 0) -> list[ProgressEntry]:
         """
-        See :class:`~streamlstm.transport.interfaces.ProgressLog`. Changes nothing.
+        See :class:`~streamlstm.transport.interfaces.ProgressLog`. Changes nothing, waits for nobody.
+
+        However slow it is beside the owner, the records are consecutive, the last one is at least the last of when the
+        call began, and the first at most the first of when it returns. A listing may miss files that are made or
+        removed while it is taken, so the order is the point:
+
+        1. list the files for the newest one, and read it: nothing newer is needed;
+        2. list them again: all before the newest had been made when this begins, so none of them is missed;
+        3. read these from the newest back to ``start``. The owner removes the oldest first, so where one is gone all
+           before it are.
+
+        It begins again only where the owner has begun a newer file, and trimmed all that was listed, within step 1.
 
         A last record that is not whole is one that the owner is just writing, or was when it was killed. Raises
         :class:`~streamlstm.errors.ProgressError` for any other damage, with the file and the byte.
         """
-        for _ in range(_READ_ATTEMPTS):
-            try:
-                return self._read(start)
-            except FileNotFoundError:
-                continue  # trimmed between the listing and the reading
-            except OSError as error:
-                raise ProgressError(f"journal {self.directory}: {error.strerror or error}") from error
-        raise ProgressError(f"journal {self.directory}: its files vanish while they are read")
+        gone = -1
+        try:
+            while listed := self._segments():
+                newest = listed[-1]
+                if newest.first <= gone:
+                    raise ProgressError(f"journal {newest.path}: it is listed, but is not there")
+                with contextlib.suppress(FileNotFoundError):
+                    return self._read_back(newest, start)
+                gone = newest.first
+        except OSError as error:
+            raise ProgressError(f"journal {self.directory}: {error.strerror or error}") from error
+        return []
 
     def trim(self, before: int) -> None:
         """
@@ -153,7 +168,8 @@ class Journal:
         entries, end = _scan(data, segment.first)
         self._next = segment.first + len(entries)
         if end < len(data):
-            _refuse_damage(segment.path, data, end, self._next)
+            if not _is_torn(data, end, self._next):
+                raise _damaged(segment.path, end, self._next)
             _log.warning(
                 "journal %s: record %d was cut off while it was written, and is dropped; nothing of it was published",
                 segment.path,
@@ -187,28 +203,32 @@ class Journal:
             "until it can be"
         ) from error
 
-    def _read(self, start: int) -> list[ProgressEntry]:
-        segments = self._segments() if self.directory.exists() else []
-        wanted = [s for s, following in pairwise(segments) if following.first > start] + segments[-1:]
-        entries: list[ProgressEntry] = []
-        number = wanted[0].first if wanted else 0
-        for segment in wanted:
-            if segment.first != number:
+    def _read_back(self, newest: _Segment, start: int) -> list[ProgressEntry]:
+        """All from ``start`` on, or from the first that is left, to the end of ``newest``, which must be there."""
+        runs, following = [_read_whole(newest, may_be_torn=not self._open)], newest
+        older = [s for s in self._segments() if s.first < newest.first] if newest.first > start else []
+        for segment in reversed(older):
+            if following.first <= start:
+                break
+            try:
+                run = _read_whole(segment, may_be_torn=False)
+            except FileNotFoundError:
+                break
+            if segment.first + len(run) != following.first:
                 raise ProgressError(
-                    f"journal {segment.path} begins with record {segment.first}, and records from {number} on are "
-                    "missing before it"
+                    f"journal {following.path} begins with record {following.first}, and records from "
+                    f"{segment.first + len(run)} on are missing before it"
                 )
-            data = segment.path.read_bytes()
-            found, end = _scan(data, segment.first)
-            number += len(found)
-            if end < len(data):
-                _refuse_damage(segment.path, data, end, number, may_be_torn=segment is wanted[-1] and not self._open)
-            entries += found
-        return [entry for entry in entries if entry.offset >= start]
+            runs.append(run)
+            following = segment
+        return [entry for run in reversed(runs) for entry in run if entry.offset >= start]
 
     def _segments(self) -> list[_Segment]:
-        """Oldest first."""
-        found = (_SEGMENT.match(path.name) for path in self.directory.iterdir())
+        """Oldest first; none where there is no directory."""
+        try:
+            found = [_SEGMENT.match(path.name) for path in self.directory.iterdir()]
+        except FileNotFoundError:
+            return []
         return sorted(_Segment(int(m[1]), self.directory / m[0]) for m in found if m)
 
     def _path(self, first: int) -> Path:
@@ -255,12 +275,24 @@ def _length_at(data: bytes, at: int, number: int) -> int | None:
     return length if found == number else None
 
 
-def _refuse_damage(path: Path, data: bytes, at: int, number: int, *, may_be_torn: bool = True) -> None:
-    if not may_be_torn or not _is_torn(data, at, number):
-        raise ProgressError(
-            f"journal {path}: record {number}, at byte {at}, is damaged; bring the state directory back from a copy, "
-            "or start anew under another name with other topics"
-        )
+def _read_whole(segment: _Segment, *, may_be_torn: bool) -> list[ProgressEntry]:
+    """All records of a file. Damage is what is there twice: a start may be cutting off what a kill left behind."""
+    data = segment.path.read_bytes()
+    while True:
+        entries, end = _scan(data, segment.first)
+        number = segment.first + len(entries)
+        if end == len(data) or (may_be_torn and _is_torn(data, end, number)):
+            return entries
+        before, data = data, segment.path.read_bytes()
+        if data == before:
+            raise _damaged(segment.path, end, number)
+
+
+def _damaged(path: Path, at: int, number: int) -> ProgressError:
+    return ProgressError(
+        f"journal {path}: record {number}, at byte {at}, is damaged; bring the state directory back from a copy, "
+        "or start anew under another name with other topics"
+    )
 
 
 def _is_torn(data: bytes, at: int, number: int) -> bool:

@@ -8,7 +8,9 @@ import os
 import random
 import shutil
 import threading
-from pathlib import Path
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path, PosixPath
 from typing import BinaryIO
 
 import pytest
@@ -360,15 +362,152 @@ def test_none_of_the_syncs_could_be_left_out(tmp_path, forget):
     assert explore(tmp_path, forget, STATES // 2)[1] > 0
 
 
+class Watched(PosixPath):
+    """
+    A path under which anything may happen between the steps of reading it.
+
+    As the kernel does it: names come a few at a time, in an order of their own, each few as they are at that instant;
+    bytes come from the file that was opened, whatever is called so by now.
+    """
+
+    meanwhile: Callable[[], None]
+    few: int
+
+    def iterdir(self) -> Iterator["Watched"]:
+        type(self).meanwhile()
+        seen: list[str] = []
+        while True:
+            left = sorted((scattered(name), name) for name in (path.name for path in Path(self).iterdir()))
+            taken = [name for _, name in left if not seen or scattered(name) > scattered(seen[-1])][: self.few]
+            if not taken:
+                return iter([self / name for name in seen])
+            seen += taken
+            type(self).meanwhile()
+
+    def read_bytes(self) -> bytes:
+        type(self).meanwhile()
+        with self.open("rb", buffering=0) as file:
+            parts = [file.read(self.few * 150)]
+            while parts[-1]:
+                type(self).meanwhile()
+                parts.append(file.read(self.few * 150))
+        return b"".join(parts)
+
+
+def scattered(name: str) -> int:
+    return zlib.crc32(name.encode())
+
+
+def reader_of(directory: Path, meanwhile: Callable[[], None], few: int = 1000) -> Journal:
+    """Whoever reads, with its steps apart."""
+    watched = type("WatchedOnce", (Watched,), {"meanwhile": staticmethod(meanwhile), "few": few})
+    return Journal(watched(directory))
+
+
+class Owner:
+    """Appends, trims file by file, is killed in the middle of a write, starts again: by dice, a little at a time."""
+
+    def __init__(self, directory: Path, rng: random.Random) -> None:
+        self.directory, self.rng = directory, rng
+        self.journal = filled(directory, rng.randrange(1, 25))
+        self.held = {e.offset: e.value for e in self.journal.read()}
+        self.ever = dict(self.held)
+        self.killed = False
+
+    def live(self, moves: int) -> None:
+        for _ in range(moves):
+            if self.killed:
+                self.journal.open()
+                self.killed = False
+            elif (die := self.rng.random()) < 0.1:
+                self.be_killed()
+            elif die < 0.7:
+                number = max(self.held) + 1
+                self.held[number] = self.ever[number] = value(number) + b" " * self.rng.randrange(300)
+                assert self.journal.append(self.held[number]) == number
+            else:
+                self.trim()
+
+    def trim(self) -> None:
+        if len(names := files(self.directory)) > 2:
+            first = int(self.rng.choice(names[max(-5, -len(names)) : -1]).stem)
+            self.journal.trim(first)
+            self.held = {number: kept for number, kept in self.held.items() if number >= first}
+
+    def be_killed(self) -> None:
+        """Nothing of the record was published, so the next one of this number may be another."""
+        self.journal.close()
+        newest = files(self.directory)[-1]
+        whole = newest.stat().st_size
+        other = Journal(self.directory.with_name("other"), unsynced())
+        other.directory.mkdir()
+        shutil.copy(newest, other.directory)
+        other.open()
+        other.append(value(max(self.held) + 1) + b"-" * self.rng.randrange(300))
+        other.close()
+        written = (other.directory / newest.name).read_bytes()
+        shutil.rmtree(other.directory)
+        newest.write_bytes(written[: self.rng.randrange(whole + 1, len(written))])
+        self.killed = True
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_whatever_the_owner_does_between_the_steps_of_a_reader_it_sees_a_chain_without_a_gap(tmp_path, seed):
+    rng = random.Random(seed)
+    for turn in range(8):
+        (root := tmp_path / str(turn)).mkdir()
+        owner = Owner(root / "journal", rng)
+        busy = rng.choice([1, 3, 10])
+        reader = reader_of(owner.directory, lambda o=owner, b=busy: o.live(rng.randrange(b + 1)), rng.choice([1, 2, 5]))
+        for _ in range(10):
+            first, last = min(owner.held), max(owner.held)
+            start = rng.choice([0, 0, rng.randrange(first, last + 1)])
+            entries = reader.read(start)
+            assert entries
+            numbers = [e.offset for e in entries]
+            assert numbers == list(range(numbers[0], numbers[-1] + 1))
+            assert max(start, first) <= numbers[0] <= max(start, min(owner.held))
+            assert last <= numbers[-1] <= max(owner.held)
+            assert [e.value for e in entries] == [owner.ever[number] for number in numbers]
+
+
+def test_a_reader_gets_on_however_often_all_it_has_listed_is_trimmed_before_it_reads(tmp_path):
+    journal = filled(tmp_path / "journal", 20)
+    left = 1000
+
+    def renew() -> None:
+        nonlocal left
+        if left:
+            left -= 1
+            number = journal.append(b"x" * SMALL)
+            journal.trim(number)
+
+    entries = reader_of(tmp_path / "journal", renew).read()
+
+    assert left == 0
+    assert [e.offset for e in entries] == [1019]
+
+
+def test_a_file_that_is_listed_but_not_there_is_refused(tmp_path):
+    (tmp_path / "journal").mkdir()
+    (tmp_path / "journal" / f"{7:020d}.records").symlink_to("nowhere")
+
+    with pytest.raises(ProgressError, match=r"0007\.records: it is listed, but is not there"):
+        Journal(tmp_path / "journal").read()
+
+
 def test_a_reader_beside_the_writer_sees_a_whole_chain_at_any_time(tmp_path):
     directory = tmp_path / "journal"
     journal = filled(directory, 20)
     stop = threading.Event()
+    acknowledged, kept = 19, 0
 
     def write() -> None:
-        for number in range(20, 10_000):
+        nonlocal acknowledged, kept
+        for number in itertools.count(20):
             journal.append(value(number))
-            journal.trim(number - 15)
+            acknowledged, kept = number, number - 15
+            journal.trim(kept)
             if stop.is_set():
                 return
 
@@ -376,10 +515,12 @@ def test_a_reader_beside_the_writer_sees_a_whole_chain_at_any_time(tmp_path):
     writer.start()
     try:
         for _ in range(300):
+            last = acknowledged
             entries = Journal(directory).read()
-            assert [e.value for e in entries] == [value(e.offset) for e in entries]
-            assert len(entries) >= 14
+            assert entries[0].offset <= kept
+            assert entries[-1].offset >= last
             assert entries[-1].offset - entries[0].offset == len(entries) - 1
+            assert [e.value for e in entries] == [value(e.offset) for e in entries]
     finally:
         stop.set()
         writer.join()
