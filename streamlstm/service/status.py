@@ -89,13 +89,7 @@ class Status:
             self._positions = {(p.topic, p.partition): p.next_offset for p in resumed.positions}
 
     def observe_step(self, report: StepReport, timings: StepTimings, received_bytes: Mapping[str, int]) -> None:
-        """See :meth:`~streamlstm.service.observer.Observer.observe_step`."""
-        del timings, received_bytes
-        with self._lock:
-            self._scores.add(report.forecasts.settled_error_MXK)
-            self._series = report.series_total, report.series_warming, report.series_stored
-            if report.updates:
-                self._update = report.updates[-1].number
+        """Nothing to keep: it may never be committed."""
 
     def observe_commit(self, committed: Committed) -> None:
         """See :meth:`~streamlstm.service.observer.Observer.observe_commit`."""
@@ -103,6 +97,10 @@ class Status:
             self._records[Outcome.SKIPPED] += committed.excluded
             for report in committed.reports:
                 self._step = report.step
+                self._scores.add(report.forecasts.settled_error_MXK)
+                self._series = report.series_total, report.series_warming, report.series_stored
+                if report.updates:
+                    self._update = report.updates[-1].number
                 for outcome, count in report.counts().items():
                     self._records[outcome] += count
                 self._newest_s.update(_newest_broker_s(report.batch))
@@ -122,7 +120,11 @@ class Status:
             self._checkpointed = checkpointed
 
     def observe_gap(self, ranges: Sequence[Range]) -> None:
-        """Nothing to keep: the positions come with the end of start-up, or the next commit."""
+        """See :meth:`~streamlstm.service.observer.Observer.observe_gap`."""
+        with self._lock:
+            for r in ranges:
+                place = r.topic, r.partition
+                self._positions[place] = max(r.end, self._positions.get(place, 0))
 
     # What others ask.
 

@@ -162,7 +162,7 @@ def test_updates_are_counted_by_what_became_of_them() -> None:
 def test_scores_are_those_of_the_window() -> None:
     watched = Watched(horizons=1)
     error = np.array([1.0, 2.0, np.nan] * 4).reshape(4, len(EXPERTS), 1)
-    watched.tell("observe_step", make_report(horizons=1, error=error), TIMINGS, {})
+    watched.tell("observe_commit", commit(make_report(horizons=1, error=error)))
     samples = watched.samples()
     assert samples["prequential_samples", ("1",)] == 4
     assert samples["prequential_mae", ("1",)] == 1.0

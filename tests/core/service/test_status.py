@@ -1,9 +1,12 @@
 import json
 
 import msgspec
+import numpy as np
 import pytest
 from reports import SECOND_NS, START_NS, make_report, make_update
 
+from streamlstm.engine.report import EXPERTS
+from streamlstm.records.batch import Range
 from streamlstm.recovery.making import Census
 from streamlstm.service.observer import Checkpointed, Committed, Resumed, StepTimings
 from streamlstm.service.scores import WindowedScores
@@ -53,6 +56,29 @@ def test_after_a_resume_it_says_what_holds_though_nothing_has_come_since(status:
     assert said["series"] == {"active": 30, "warming": 4, "stored": 12}
     assert said["checkpoint"]["outcome"] == "found"
     assert said["accuracy"][0]["samples"] == 0
+
+
+def test_after_a_second_start_up_it_says_what_holds_and_counts_nothing_twice(status: Status) -> None:
+    """What the session before computed without committing it, and where that session stood, is gone."""
+    resume(status)
+    commit(status)
+    lost = make_report(horizons=2, error=np.ones((4, len(EXPERTS), 2)), updates=[make_update(8)], step=4)
+    status.observe_step(lost, StepTimings(0, 0, 0), {})
+    resume(status)
+    said = json.loads(msgspec.json.encode(status.snapshot()))
+    assert said["positions"] == [{"topic": "in", "partition": 0, "next_offset": 3, "lag_records": None, "lag_s": None}]
+    assert (said["step"], said["update"], said["series"]["active"]) == (2, 7, 30)
+    assert said["accuracy"][0]["samples"] == 0
+    status.observe_commit(Committed([lost], 4, 0, 0, 0.0, 0.0, [Position("in", 0, 7)]))
+    assert status.snapshot()["accuracy"][0]["samples"] == 4
+
+
+def test_what_was_passed_over_lies_behind(status: Status) -> None:
+    resume(status)
+    status.observe_gap([Range("in", 0, 3, 9), Range("in", 1, 0, 2)])
+    assert [(p["partition"], p["next_offset"]) for p in status.snapshot()["positions"]] == [(0, 9), (1, 2)]
+    status.observe_gap([Range("in", 0, 3, 5)])
+    assert status.snapshot()["positions"][0]["next_offset"] == 9
 
 
 def test_it_is_healthy_while_the_loop_turns(status: Status, clocks: Clocks) -> None:

@@ -6,7 +6,9 @@ from fakes import Broker, MemoryPublisher, Process, message
 from streamlstm.errors import StartOver, Temporary, Unavailable
 from streamlstm.service import sessions
 from streamlstm.service.daemon import Daemon
+from streamlstm.service.scores import WindowedScores
 from streamlstm.service.sessions import TRIES, run_sessions
+from streamlstm.service.status import About, Status
 from streamlstm.transport.interfaces import Outputs
 
 
@@ -62,6 +64,31 @@ def test_a_failed_transaction_costs_a_start_up_and_nothing_else(tmp_path, kind, 
     assert process.ready is not None
     assert process.ready.engine.state().digests() == engine.state().digests()
     assert process.journal.events("warning") == ["a transaction failed; starting over from what was committed"]
+
+
+def test_after_a_start_up_in_the_same_process_its_status_says_where_that_one_stands(tmp_path):
+    """The answer to the last commit is lost, and nothing comes after it."""
+    calm = Process(filled(), tmp_path / "calm")
+    calm.world = replace(calm.world, publisher=FailingPublisher(calm))
+    calm.run()
+    last = calm.world.publisher.asked
+
+    process = Process(filled(), tmp_path / "troubled")
+    publisher = FailingPublisher(process, unknown={last})
+    process.world = replace(process.world, publisher=publisher)
+    process.source.at_end = lambda: process.stop.request() if publisher.asked > last else None
+    process.watching = status = Status(
+        About("n", "0", "", "cpu"),
+        WindowedScores(1, 10, seasonal=False),
+        stall_after_s=120,
+        clock_s=process.clock,
+        monotonic_s=process.clock,
+    )
+    live(process)
+
+    assert publisher.asked == last + 1, "the incarnation, and nothing after it"
+    assert [p["next_offset"] for p in status.snapshot()["positions"]] == [60]
+    assert status.snapshot()["step"] == process.ready.engine.step_number
 
 
 def test_failures_in_a_row_end_the_process(tmp_path):
