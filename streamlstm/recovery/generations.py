@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, closing
+from dataclasses import replace
 from typing import Any, NamedTuple, Protocol, cast
 
 import msgspec
@@ -21,7 +22,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from streamlstm.engine.state import EngineState
+from streamlstm.engine.state import EngineState, RelaidStored, Stored
 from streamlstm.errors import CheckpointError
 from streamlstm.records.batch import SeriesId
 from streamlstm.recovery.leavers import FilesOfLeavers, LeaversPlan, Leaving
@@ -181,10 +182,12 @@ def load_generation(files: Files, step: int, layout: Layout = LAYOUT) -> Loaded:
             weights=read_tensors(_checked(files, manifest, _MODEL)),
             training=read_tensors(_checked(files, manifest, _OPTIM)),
             meta=header.raw["state"],
-            stored=_stored(files, header, columns, series),
         )
+        stored: Stored | None = _stored(files, header, columns, series)
         for schema in range(manifest.schema, layout.schema):
             state = layout.migrations[schema].state(state)
+            stored = RelaidStored(stored, layout.migrations[schema].rows) if stored is not None else None
+        state = replace(state, stored=stored)
         beside = None
         if _BESIDE in manifest.files:
             values = json.loads(_checked(files, manifest, _BESIDE))

@@ -18,6 +18,7 @@ from streamlstm.engine.state import EngineState
 from streamlstm.errors import CheckpointError
 from streamlstm.recovery.progress import Value
 from streamlstm.recovery.snapshot import canonical_json
+from streamlstm.series.table import Rows
 
 MANIFEST = "MANIFEST.json"
 MANIFEST_LIMIT = 64 << 20
@@ -31,10 +32,15 @@ _FileName = Annotated[str, msgspec.Meta(pattern=r"\A[A-Za-z0-9][A-Za-z0-9._~%-]*
 
 @dataclass(frozen=True, slots=True)
 class Migration:
-    """From one schema to the next: what becomes of ``meta.json``, and of the state once it was read by the old one."""
+    """
+    From one schema to the next: what becomes of ``meta.json``, and of the state once it was read by the old one.
+
+    ``state`` is given what was in memory; ``rows`` those of the series beyond it, piece by piece as they are read.
+    """
 
     meta: Callable[[dict[str, Any]], dict[str, Any]]
     state: Callable[[EngineState], EngineState]
+    rows: Callable[[Rows], Rows]
 
 
 class Layout(NamedTuple):

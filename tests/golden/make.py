@@ -15,22 +15,25 @@ import streams  # noqa: E402, because the tests' own modules are found by the li
 
 from streamlstm.config.docs import to_yaml  # noqa: E402, because of the line above
 from streamlstm.config.keys import config_hash, identity_values, learning_values  # noqa: E402, because of it too
+from streamlstm.engine.core import Engine  # noqa: E402, because of it too
 from streamlstm.records.batch import Range  # noqa: E402, because of it too
 from streamlstm.recovery.checkpoint import open_store  # noqa: E402, because of it too
 from streamlstm.recovery.manifest import LAYOUT  # noqa: E402, because of it too
 from streamlstm.recovery.progress import Link  # noqa: E402, because of it too
 from streamlstm.recovery.provenance import Provenance, Settings  # noqa: E402, because of it too
+from streamlstm.recovery.stored import Room, TieredEngine  # noqa: E402, because of it too
 from streamlstm.transport.interfaces import Position  # noqa: E402, because of it too
 
-BEFORE, AFTER, SERIES = 300, 60, 6
+BEFORE, AFTER, SERIES = 300, 60, 12
+IN_MEMORY = 6
 
 
 def main() -> None:
-    """A few series with all that can happen to one, and windows in the queue."""
-    config = streams.small_config()
+    """A few series with all that can happen to one, windows in the queue, and series beyond memory in two files."""
+    config = streams.small_config(series={"max_series": IN_MEMORY}, training={"max_wait": IN_MEMORY})
     batch = streams.random_batch(17, BEFORE + AFTER, SERIES, "mixed")
-    engine, _ = streams.run(config, batch, [0, 100, BEFORE])
-    state, step = engine.state(), engine.step_number
+    scratch = tempfile.TemporaryDirectory()
+    engine = TieredEngine(Engine.create(config, "cpu"), Room(Path(scratch.name)))
     out = HERE / f"schema-{LAYOUT.schema}"
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir()
@@ -47,11 +50,13 @@ def main() -> None:
         revision=1,
         excluded=(Range("in", 0, 3, 5),),
     )
-    with tempfile.TemporaryDirectory() as scratch:
-        store = open_store(Path(scratch) / "state").open()
-        store.write(state, made)
-        store.close()
-        shutil.copytree(Path(scratch) / "state" / f"{step:020d}", out / f"{step:020d}")
+    store = open_store(Path(scratch.name) / "state").open()
+    for start, end in ((0, BEFORE - 20), (BEFORE - 20, BEFORE)):
+        engine.step(streams.part(batch, start, end))
+        store.write(engine.state(), made)
+    store.close()
+    state, step = engine.state(), engine.step_number
+    shutil.copytree(Path(scratch.name) / "state" / f"{step:020d}", out / f"{step:020d}")
     then = streams.part(batch, BEFORE, BEFORE + AFTER)
     # Records alone: what else a batch may hold is no matter of what was stored.
     code = np.array([int(then.series[i].key[1:]) for i in then.code])
