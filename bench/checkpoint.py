@@ -6,7 +6,8 @@ What a checkpoint costs: how long steps stall while it is written, and write and
 Live-like cuts of random series are stepped through the real engine on one thread, first with no checkpoint and then
 while a background thread writes one; the stall is how much longer a step took than the median of those before, which
 held the same number of records. The peers are in the same run: the same number of bytes written and fsynced by one
-``write`` loop, and read back, each from the disk and not from what the kernel still holds of it.
+``write`` loop, and read back, each from the disk and not from what the kernel still holds of it; in blocks as long as
+is quickest.
 """
 
 import argparse
@@ -32,7 +33,8 @@ from streamlstm.recovery.provenance import Provenance, Settings
 from streamlstm.transport.interfaces import Position
 
 PER_STEP = 500
-BLOCK = 1 << 20
+WRITTEN_AT_ONCE = 256 << 10
+READ_AT_ONCE = 1 << 20
 
 
 def config() -> Config:
@@ -96,11 +98,11 @@ def timed_steps(engine: Engine, cuts: Cuts, until) -> list[float]:
 
 
 def raw_write(path: Path, size: int) -> float:
-    block = os.urandom(BLOCK)
+    block = os.urandom(WRITTEN_AT_ONCE)
     began = time.perf_counter()
     with path.open("wb", buffering=0) as file:
-        for left in range(size, 0, -BLOCK):
-            file.write(block[: min(left, BLOCK)])
+        for left in range(size, 0, -WRITTEN_AT_ONCE):
+            file.write(block[: min(left, WRITTEN_AT_ONCE)])
         os.fsync(file.fileno())
     return time.perf_counter() - began
 
@@ -109,7 +111,7 @@ def raw_read(paths: list[Path]) -> float:
     began = time.perf_counter()
     for path in paths:
         with path.open("rb", buffering=0) as file:
-            while file.read(BLOCK):
+            while file.read(READ_AT_ONCE):
                 pass
     return time.perf_counter() - began
 

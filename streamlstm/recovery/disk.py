@@ -9,6 +9,10 @@ from typing import BinaryIO
 _DIRECTORY_MODE = 0o700
 _FILE_MODE = 0o600
 
+# What the kernel is given at once. It looks for pages that lie together as far as that reaches, and long stretches are
+# those that nobody uses: a virtual machine waits for its host to give them back, eight times as long with 8 MiB.
+_WRITE_BYTES = 256 << 10
+
 
 class Disk:
     """
@@ -56,7 +60,7 @@ class Disk:
         """All of ``data``, or an error."""
         rest = memoryview(data).cast("B")
         while len(rest):
-            rest = rest[file.write(rest) :]
+            rest = rest[file.write(rest[:_WRITE_BYTES]) :]
 
     def sync(self, file: BinaryIO) -> None:
         """What was written to ``file`` survives a power cut."""

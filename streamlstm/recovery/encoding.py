@@ -1,21 +1,29 @@
 """
-The files of a generation, made in one thread and written in another: neither the processor nor the disk waits.
+The files of a generation, made in one thread, hashed in another and written in a third: none of them waits long.
 
-Who writes stays in its own thread and does every file operation there, one after the other; what is made runs at most
-four blocks ahead of it, each of which may hold on to the file it is part of.
+Who writes stays in its own thread and does every file operation there, one after the other. What is made runs ahead of
+it by no more than a block that waits and one that is not yet whole; a block is eight megabytes or one large piece.
 """
 
 import hashlib
 import queue
 import threading
 from collections.abc import Callable, Iterable
-from typing import Self
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import NamedTuple, Self
 
 from streamlstm.recovery.manifest import Listed
 from streamlstm.recovery.snapshot import Sink
 
 _BLOCK = 8 << 20
-_BLOCKS_AHEAD = 4
+_BLOCKS_AHEAD = 2
+
+
+class _Block(NamedTuple):
+    """Bytes of a file, and when they have been hashed."""
+
+    data: memoryview
+    hashed: Future[None]
 
 
 class _Abandoned(Exception):
@@ -31,7 +39,7 @@ class Encoder:
 
     def __init__(self, files: Iterable[Callable[[Sink], object]]) -> None:
         self._files = files
-        self._made: queue.Queue[memoryview | Listed | BaseException] = queue.Queue(_BLOCKS_AHEAD)
+        self._made: queue.Queue[_Block | Future[str] | BaseException] = queue.Queue(_BLOCKS_AHEAD)
         self._abandoned = False
         self._thread = threading.Thread(target=self._make, name="checkpoint-encode", daemon=True)
 
@@ -49,57 +57,55 @@ class Encoder:
 
     def copy_next(self, write: Callable[[memoryview], object]) -> Listed:
         """Give the bytes of the next file to ``write``; what they were. What making it raised is raised here."""
-        while not isinstance(made := self._made.get(), Listed):
-            if isinstance(made, BaseException):
-                raise made
-            write(made)
-        return made
+        size = 0
+        while isinstance(made := self._made.get(), _Block):
+            write(made.data)
+            made.hashed.result()
+            size += made.data.nbytes
+        if isinstance(made, BaseException):
+            raise made
+        return Listed(size, made.result())
 
     def _make(self) -> None:
         try:
-            for put in self._files:
-                sink = _Blocks(self._hand_over)
-                put(sink)
-                self._hand_over(sink.end())
+            with ThreadPoolExecutor(1, "checkpoint-hash") as hasher:
+                for put in self._files:
+                    sha = hashlib.sha256()
+                    sink = _Blocks(lambda data, sha=sha: self._hand_over(_Block(data, hasher.submit(sha.update, data))))
+                    put(sink)
+                    sink.flush()
+                    self._hand_over(hasher.submit(sha.hexdigest))
         except BaseException as error:  # noqa: BLE001, because who writes must hear of it, whatever it is
             if not self._abandoned:
                 self._made.put(error)
 
-    def _hand_over(self, made: memoryview | Listed) -> None:
+    def _hand_over(self, made: _Block | Future[str]) -> None:
         if self._abandoned:
             raise _Abandoned
         self._made.put(made)
 
 
 class _Blocks:
-    """A :class:`~streamlstm.recovery.snapshot.Sink` that makes blocks, and knows their length and SHA-256."""
+    """A :class:`~streamlstm.recovery.snapshot.Sink` that makes blocks."""
 
     def __init__(self, hand_over: Callable[[memoryview], None]) -> None:
         self._hand_over = hand_over
         self._held = bytearray()
-        self._sha = hashlib.sha256()
-        self._bytes = 0
 
     def write(self, data: bytes | memoryview, /) -> int:
         view = memoryview(data).cast("B")
-        self._sha.update(view)
-        self._bytes += view.nbytes
         if view.nbytes < _BLOCK:
             self._held += view
             if len(self._held) >= _BLOCK:
-                self._flush()
+                self.flush()
         else:
-            self._flush()
+            self.flush()
             for first in range(0, len(view), _BLOCK):
                 self._hand_over(view[first : first + _BLOCK])
         return view.nbytes
 
-    def end(self) -> Listed:
-        """There is no more."""
-        self._flush()
-        return Listed(self._bytes, self._sha.hexdigest())
-
-    def _flush(self) -> None:
+    def flush(self) -> None:
+        """There is no more, or what there is makes a block."""
         if self._held:
             held, self._held = self._held, bytearray()
             self._hand_over(memoryview(held))

@@ -10,6 +10,7 @@ runs beside the loop, which otherwise waits for the interpreter at each of its m
 import hashlib
 import io
 import json
+import math
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -32,13 +33,13 @@ from streamlstm.series.table import Rows, Slots
 if sys.byteorder != "little":  # pragma: no cover
     raise ImportError("streamlstm stores tensors as little-endian rows, and this machine is big-endian")
 
-# What a file holds at most: bounds what a checkpoint takes beside the snapshot itself, some six times as much where the
-# disk is slow, and lets a reader check one file while it parses another.
-_FILE_BYTES = 32 << 20
+# What a file holds at most: bounds what a checkpoint takes beside the snapshot itself, some five times as much, and
+# lets a reader check one file while it parses another.
+_FILE_BYTES = 16 << 20
 _FILE_ROWS = 8192
 
 # Series whose names are handled in one go, about 1 ms, and how long others may have the interpreter then.
-_AT_ONCE = 2048
+_AT_ONCE = 4096
 _REST_S = 0.003
 
 _METADATA = b"streamlstm"
@@ -91,7 +92,7 @@ class Column(NamedTuple):
     @property
     def width(self) -> int:
         """Bytes of a row."""
-        return int(np.prod(self.shape, dtype=np.int64)) * self.torch_dtype.itemsize
+        return math.prod(self.shape) * self.torch_dtype.itemsize
 
     def arrow(self) -> pa.DataType:
         """As Parquet holds it."""
@@ -118,11 +119,11 @@ def describe_columns(state: EngineState) -> dict[str, Column]:
 
 def group_by_place(series: Sequence[SeriesId]) -> dict[Place, Slots]:
     """Row numbers of the series of each partition, sorted by key; partitions sorted too."""
-    groups: dict[Place, list[int]] = {}
+    groups: dict[tuple[str, int], list[int]] = {}
     for first in _gently(len(series)):
         for i, (topic, partition, _) in enumerate(series[first : first + _AT_ONCE], first):
-            groups.setdefault(Place(topic, partition), []).append(i)
-    return {place: _by_key(series, groups[place]) for place in sorted(groups)}
+            groups.setdefault((topic, partition), []).append(i)
+    return {Place(*place): _by_key(series, groups[place]) for place in sorted(groups)}
 
 
 def _by_key(series: Sequence[SeriesId], rows: Sequence[int]) -> Slots:
@@ -145,10 +146,12 @@ def write_series(sink: Sink, state: EngineState, place: Place, rows: Slots) -> N
     series = tuple(
         chain.from_iterable([state.series[i] for i in rows[first : first + _AT_ONCE]] for first in _gently(len(rows)))
     )
-    # In memory first: so pyarrow asks for the interpreter once and not for every page.
-    made = pa.BufferOutputStream()
-    _write_parquet(made, place, columns, [Rows(series, values)])
-    sink.write(memoryview(made.getvalue()))
+    table = _to_table(place, columns, Rows(series, values))
+    # In memory first, and room for all of it at once: so pyarrow asks for the interpreter once and not for every page.
+    room = np.empty(_most_bytes(table), np.uint8)
+    made = pa.FixedSizeBufferWriter(pa.py_buffer(room))
+    _write_parquet(made, table.schema, [table])
+    sink.write(room.data[: made.tell()])
 
 
 def _gently(count: int) -> Iterator[int]:
@@ -165,23 +168,37 @@ def _keys(series: Iterable[SeriesId]) -> pa.Array:
 
 def write_rows(sink: Sink, place: Place, columns: dict[str, Column], pieces: Iterable[Rows]) -> int:
     """One Parquet file of series of ``place``, a row group for each piece; page checksums on. How many there were."""
-    return _write_parquet(pa.PythonFile(_Stream(sink), mode="w"), place, columns, pieces)
+    tables = (_to_table(place, columns, rows) for rows in pieces)
+    return _write_parquet(pa.PythonFile(_Stream(sink), mode="w"), _schema(place, columns), tables)
 
 
-def _write_parquet(target: pa.NativeFile, place: Place, columns: dict[str, Column], pieces: Iterable[Rows]) -> int:
-    columns = {name: column for name, column in columns.items() if column.width}
-    schema = _schema(place, columns)
+def _to_table(place: Place, columns: dict[str, Column], rows: Rows) -> pa.Table:
+    arrays: list[pa.Array] = [_keys(rows.series)]
+    arrays += [_to_arrow(rows.columns[name], column) for name, column in columns.items() if column.width]
+    return pa.Table.from_arrays(arrays, schema=_schema(place, columns))
+
+
+def _write_parquet(target: pa.NativeFile, schema: pa.Schema, tables: Iterable[pa.Table]) -> int:
     written = 0
     with pq.ParquetWriter(
         target, schema, compression="none", use_dictionary=False, write_statistics=False, write_page_checksum=True
     ) as writer:
-        for rows in pieces:
-            arrays: list[pa.Array] = [_keys(rows.series)]
-            arrays += [_to_arrow(rows.columns[name], column) for name, column in columns.items()]
-            if len(rows):
-                writer.write_table(pa.Table.from_arrays(arrays, schema=schema), row_group_size=len(rows))
-            written += len(rows)
+        for table in tables:
+            if len(table):
+                writer.write_table(table, row_group_size=len(table))
+            written += len(table)
     return written
+
+
+def _most_bytes(table: pa.Table) -> int:
+    """
+    What a file of it takes at most.
+
+    Beside the values: four bytes to make a small number a large one; the schema in three spellings; and for each column
+    its description, and the headers of pages, of which all but the last hold a megabyte.
+    """
+    values = table.nbytes + 4 * table.num_rows * table.num_columns
+    return values + values // 4096 + 4 * table.schema.serialize().size + 4096 * (table.num_columns + 1)
 
 
 def read_rows(file: BinaryIO, columns: dict[str, Column]) -> Iterator[Rows]:
@@ -225,7 +242,7 @@ def _place_of(schema: pa.Schema) -> Place:
 
 
 def _check_schema(schema: pa.Schema, place: Place, columns: dict[str, Column]) -> None:
-    if not schema.equals(_schema(place, {name: column for name, column in columns.items() if column.width})):
+    if not schema.equals(_schema(place, columns)):
         raise CheckpointError("the columns of a state file are not those meta.json lists")
 
 
@@ -306,6 +323,8 @@ class _Stream:
 
 
 def _schema(place: Place, columns: dict[str, Column]) -> pa.Schema:
+    """A column whose rows have no bytes is not stored."""
+    columns = {name: column for name, column in columns.items() if column.width}
     if "key" in columns:
         raise CheckpointError("a column may not be called key")
     told = {

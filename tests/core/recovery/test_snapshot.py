@@ -125,6 +125,26 @@ def test_many_row_groups_are_read_as_one():
     assert torch.equal(back.column("v"), values)
 
 
+@pytest.mark.parametrize(
+    ("topic", "count", "columns"),
+    [
+        ("t", 1, {f"a-rather-long-name-of-a-column-{i}": (torch.int64,) for i in range(500)}),
+        ("t", 8192, {f"small{i}": (torch.int8,) for i in range(40)}),
+        ("t" * 100_000, 2, {"v": (torch.float32, 2)}),
+        ("t", 3, {"wide": (torch.uint8, 5, 1 << 20), "empty": (torch.float32, 0)}),
+    ],
+)
+def test_there_is_room_for_any_columns(topic, count, columns):
+    series = tuple(SeriesId(topic, 0, f"{i:04d}") for i in range(count))
+    values = {name: [any_bits(dtype, len(series), *dims)] for name, (dtype, *dims) in columns.items()}
+
+    back = store(EngineState(1, series, values, {}, {}, {}))
+
+    assert back.series == series
+    for name, (value,) in values.items():
+        assert bits(back.column(name)) == bits(value)
+
+
 def test_a_column_that_was_not_announced_is_refused():
     series = (SeriesId("t", 0, "a"),)
     file = io.BytesIO()
