@@ -12,7 +12,6 @@ else is not as it was written is damage, and is refused. The two can be told apa
 file short, or left out whole sectors, which then read as zeros; a value is text.
 """
 
-import contextlib
 import hashlib
 import logging
 import re
@@ -65,17 +64,15 @@ class Journal:
 
     def open(self) -> None:
         """
-        Make the directory if it is missing, drop a record whose write was cut off, and go on after the last one.
+        Drop a record whose write was cut off, and go on after the last one. Nothing is made before the first
+        :meth:`append`: a start may yet be refused, and leaves nothing behind then.
 
-        That one is written once more where it stands and synced: after a failed sync it may be in memory only, and
+        The last one is written once more where it stands and synced: after a failed sync it may be in memory only, and
         look as if it were not. Raises :class:`~streamlstm.errors.ProgressError` for a damaged file and
         :class:`~streamlstm.errors.CheckpointNotWritten` for a disk that fails.
         """
         self.close()
         try:
-            if not self.directory.exists():
-                self._disk.make_directory(self.directory)
-                self._disk.sync_directory(self.directory.parent)
             segments = self._segments()
             if segments:
                 self._continue(segments[-1])
@@ -119,22 +116,23 @@ class Journal:
         3. read these from the newest back to ``start``. The owner removes the oldest first, so where one is gone all
            before it are.
 
-        It begins again only where the owner has begun a newer file, and trimmed all that was listed, within step 1.
+        It begins again only where the owner has begun a newer file, and trimmed all that was listed, before the newest
+        was read.
 
         A last record that is not whole is one that the owner is just writing, or was when it was killed. Raises
         :class:`~streamlstm.errors.ProgressError` for any other damage, with the file and the byte.
         """
-        gone = -1
+        gone = None
         try:
             while listed := self._segments():
-                newest = listed[-1]
-                if newest.first <= gone:
-                    raise ProgressError(f"journal {newest.path}: it is listed, but is not there")
-                with contextlib.suppress(FileNotFoundError):
-                    return self._read_back(newest, start)
-                gone = newest.first
+                try:
+                    return self._read_back(listed[-1], start)
+                except FileNotFoundError as error:
+                    if error.filename == gone:
+                        raise  # what was trimmed is not listed again
+                    gone = error.filename
         except OSError as error:
-            raise ProgressError(f"journal {self.directory}: {error.strerror or error}") from error
+            raise ProgressError(f"journal {error.filename or self.directory}: {error.strerror or error}") from error
         return []
 
     def trim(self, before: int) -> None:
@@ -186,7 +184,11 @@ class Journal:
         self._size = end
 
     def _begin(self, number: int, record: bytes) -> None:
-        """A new file, with its first record. Its name must be durable too before that one counts."""
+        """A new file, with its first record. The names on the way must be durable too before that one counts."""
+        if number == 0:
+            if not self.directory.exists():
+                self._disk.make_directory(self.directory)
+            self._disk.sync_directory(self.directory.parent)
         if self._file is not None:
             self._file.close()
         self._size = 0
@@ -204,7 +206,11 @@ class Journal:
         ) from error
 
     def _read_back(self, newest: _Segment, start: int) -> list[ProgressEntry]:
-        """All from ``start`` on, or from the first that is left, to the end of ``newest``, which must be there."""
+        """
+        All from ``start`` on, or from the first that is left, to the end of ``newest``.
+
+        Raises :class:`FileNotFoundError` where that is gone too.
+        """
         runs, following = [_read_whole(newest, may_be_torn=not self._open)], newest
         older = [s for s in self._segments() if s.first < newest.first] if newest.first > start else []
         for segment in reversed(older):
@@ -221,6 +227,8 @@ class Journal:
                 )
             runs.append(run)
             following = segment
+        if not any(runs):  # it had just been begun, and may be all there is by now
+            runs = [_read_whole(newest, may_be_torn=not self._open)]
         return [entry for run in reversed(runs) for entry in run if entry.offset >= start]
 
     def _segments(self) -> list[_Segment]:

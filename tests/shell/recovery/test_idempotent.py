@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from fakes import PACE, SETTINGS, Broker, Crash, Fate, Process, TinyEncoder, message
 
-from streamlstm.errors import CheckpointNotWritten, ProgressError
+from streamlstm.errors import CheckpointNotWritten, NotAuthorised, ProgressError
 from streamlstm.recovery.branching import revert
 from streamlstm.recovery.disk import Disk
 from streamlstm.recovery.journal import Journal
@@ -347,3 +347,29 @@ def test_a_disk_that_fails_ends_it_before_anything_is_published(tmp_path):
     process.store.close()
     assert caught.value.exit_code == 74
     assert broker.published == []
+
+
+@pytest.mark.parametrize("refused_by", ["begin_session", "resolve_start", "topic_ids"])
+def test_a_first_start_that_is_refused_is_as_if_it_had_never_been(tmp_path, monkeypatch, refused_by):
+    """Also when its journal was open: the broker may refuse to be published to, or to tell of its topics."""
+    reference, _ = never_stopped(tmp_path)
+    broker, directory = filled(), tmp_path / "state"
+    process = life(broker, directory)
+    process.store.open()
+    of = process.publisher if refused_by == "begin_session" else process.source
+    ask = getattr(of, refused_by)
+
+    def refuse(*asked):
+        ask(*asked)
+        raise NotAuthorised("grant it")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(of, refused_by, refuse)
+        with pytest.raises(NotAuthorised):
+            process.begin()
+    process.world.progress.close()
+    process.store.leave()
+
+    assert not directory.exists()
+    life(broker, directory).run()
+    assert out(broker) == reference

@@ -88,6 +88,14 @@ def test_a_journal_that_was_never_opened_is_empty_and_makes_nothing(tmp_path):
     assert not (tmp_path / "journal").exists()
 
 
+def test_a_journal_that_was_never_appended_to_makes_nothing(tmp_path):
+    journal = opened(tmp_path / "journal")
+    assert journal.read() == []
+    journal.trim(1)
+    journal.close()
+    assert not (tmp_path / "journal").exists()
+
+
 def test_files_are_bounded_and_private(tmp_path):
     filled(tmp_path / "journal", 50)
 
@@ -405,7 +413,7 @@ def reader_of(directory: Path, meanwhile: Callable[[], None], few: int = 1000) -
 
 
 class Owner:
-    """Appends, trims file by file, is killed in the middle of a write, starts again: by dice, a little at a time."""
+    """Appends, trims, is killed before or in the middle of a write, starts again: by dice, a little at a time."""
 
     def __init__(self, directory: Path, rng: random.Random) -> None:
         self.directory, self.rng = directory, rng
@@ -438,6 +446,9 @@ class Owner:
         """Nothing of the record was published, so the next one of this number may be another."""
         self.journal.close()
         newest = files(self.directory)[-1]
+        if self.rng.random() < 0.3:
+            newest = newest.with_name(f"{max(self.held) + 1:020d}.records")
+            newest.touch()
         whole = newest.stat().st_size
         other = Journal(self.directory.with_name("other"), unsynced())
         other.directory.mkdir()
@@ -447,7 +458,7 @@ class Owner:
         other.close()
         written = (other.directory / newest.name).read_bytes()
         shutil.rmtree(other.directory)
-        newest.write_bytes(written[: self.rng.randrange(whole + 1, len(written))])
+        newest.write_bytes(written[: self.rng.randrange(whole, len(written))])
         self.killed = True
 
 
@@ -492,7 +503,7 @@ def test_a_file_that_is_listed_but_not_there_is_refused(tmp_path):
     (tmp_path / "journal").mkdir()
     (tmp_path / "journal" / f"{7:020d}.records").symlink_to("nowhere")
 
-    with pytest.raises(ProgressError, match=r"0007\.records: it is listed, but is not there"):
+    with pytest.raises(ProgressError, match=r"0007\.records: No such file"):
         Journal(tmp_path / "journal").read()
 
 
