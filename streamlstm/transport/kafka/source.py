@@ -10,10 +10,10 @@ begins where the last one of its partition ended, and ends where the client's po
 """
 
 import time
-from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
+from itertools import accumulate
 from types import MappingProxyType
 from typing import Any
 
@@ -23,15 +23,16 @@ from kafka.structs import TopicPartition
 
 from streamlstm.config.model import Config
 from streamlstm.errors import LogCutBack, LogGap, StreamlstmError, Temporary, TopicChanged
-from streamlstm.records.batch import Cut, Headers, Messages, Range
+from streamlstm.records.batch import Cut, Messages, Range
 from streamlstm.transport.deadline import Deadline
 from streamlstm.transport.interfaces import LeaderEpochs, Position, TopicIds
-from streamlstm.transport.kafka.batches import Record, read_batches
+from streamlstm.transport.kafka.batches import read_batches
 from streamlstm.transport.kafka.clients import admin, close_consumer, news, open_consumer, seek_after
 from streamlstm.transport.kafka.explain import explain
 from streamlstm.transport.kafka.group import GroupOffsets
 from streamlstm.transport.kafka.topics import Topic, describe, missing
 from streamlstm.transport.kafka.turns import take_turns
+from streamlstm.transport.kafka.waiting import Records, Waiting
 
 BUFFER_BYTES = 64 << 20
 """What may wait in all buffers together, besides what the client holds (``fetch_max_bytes``, 16 MiB per broker)."""
@@ -51,7 +52,7 @@ GONE_AFTER_S = 3.0
 """How long a topic must be missing from what the broker says before it counts as deleted: a young one may not know."""
 
 _ASK_TIMEOUT_S = 2.0
-_LATEST_MS = ((1 << 63) - 1) // 1_000_000
+_NONE = np.empty(0, np.int64)
 _WAIT_S = 0.2
 
 
@@ -61,13 +62,12 @@ class _Partition:
     What is known of one partition.
 
     ``cut_end`` is where the last cut ended, ``read_end`` the client's position, ``None`` before the first seek;
-    ``records`` are those between them, oldest first, and ``size`` their bytes. ``epoch`` is the leader epoch of the
-    last record before ``cut_end``, -1 when it is not known.
+    ``records`` are those between them. ``epoch`` is the leader epoch of the last record before ``cut_end``, -1 when it
+    is not known.
     """
 
     tp: TopicPartition
-    records: deque[Record] = field(default_factory=deque[Record])
-    size: int = 0
+    records: Waiting = field(default_factory=Waiting)
     cut_end: int | None = None
     read_end: int | None = None
     epoch: int = -1
@@ -75,17 +75,11 @@ class _Partition:
 
     def forget(self, position: int, epoch: int) -> None:
         self.records.clear()
-        self.size = 0
         self.cut_end = self.read_end = position
         self.epoch = epoch
 
-    def add(self, records: Sequence[Record]) -> None:
-        self.records.extend(records)
-        self.size += sum(map(_size, records))
-
-    def take(self, count: int) -> list[Record]:
-        taken = [self.records.popleft() for _ in range(count)]
-        self.size -= sum(map(_size, taken))
+    def take(self, count: int) -> list[Records]:
+        taken = self.records.take(count)
         if taken:
             self.epoch = taken[-1].leader_epoch
         return taken
@@ -192,12 +186,12 @@ class KafkaSource:
             return None
         turns, self._first = take_turns(
             [len(p.records) for p in self._partitions],
-            [map(_payload, p.records) for p in self._partitions],
+            [p.records.payloads() for p in self._partitions],
             self._first,
             max_records,
             CUT_BYTES,
         )
-        pieces: list[tuple[Range, list[Record]]] = []
+        pieces: list[tuple[Range, list[Records]]] = []
         for turn in turns:
             partition = self._partitions[turn.partition]
             pieces.append(_cut(partition, partition.take(turn.messages)))
@@ -209,7 +203,7 @@ class KafkaSource:
     def read(self, cut: Cut, timeout_s: float) -> Messages:
         """See :class:`~streamlstm.transport.interfaces.Source`. Reading cuts in their order costs no seek."""
         until_s = time.monotonic() + timeout_s
-        pieces: list[tuple[Range, list[Record]]] = []
+        pieces: list[tuple[Range, list[Records]]] = []
         for wanted in cut:
             partition = self._by_name.get(TopicPartition(wanted.topic, wanted.partition))
             if partition is None:
@@ -221,8 +215,7 @@ class KafkaSource:
                 if left_s <= 0:
                     raise self._missing(wanted, timeout_s)
                 self._fill(min(_WAIT_S, left_s), needed=partition)
-            inside = sum(1 for r in partition.records if r.offset < wanted.end)
-            pieces.append((wanted, partition.take(inside)))
+            pieces.append((wanted, partition.take(partition.records.before(wanted.end))))
             partition.cut_end = wanted.end
         return _messages(pieces)
 
@@ -344,7 +337,8 @@ class KafkaSource:
                 wait_ms = 0
                 for tp, records in fetched.items():
                     partition = self._by_name[tp]
-                    partition.add(records)
+                    for some in records:
+                        partition.records.add(some)
                     self._pause(partition, partition is not needed and self._full(partition))
                 if not fetched or (needed is not None and self._full(needed)):
                     break
@@ -353,14 +347,14 @@ class KafkaSource:
                 p.read_end = self._position(p)
 
     def _full(self, partition: _Partition) -> bool:
-        return len(partition.records) >= self._most or partition.size >= self._most_bytes
+        return len(partition.records) >= self._most or partition.records.size >= self._most_bytes
 
     def _pause(self, partition: _Partition, pause: bool) -> None:  # noqa: FBT001, because it is the state to have
         if pause != partition.paused:
             (self._consumer.pause if pause else self._consumer.resume)(partition.tp)
             partition.paused = pause
 
-    def _fetch(self, wait_ms: int) -> Mapping[TopicPartition, Sequence[Record]]:
+    def _fetch(self, wait_ms: int) -> Mapping[TopicPartition, Sequence[Records]]:
         with self._deadline.guard("reading the input"):
             try:
                 return self._consumer.poll(timeout_ms=wait_ms, max_records=self._most)
@@ -442,45 +436,29 @@ def _name(tp: TopicPartition) -> str:
     return f"{tp.topic}/{tp.partition}"
 
 
-def _size(record: Record) -> int:
-    headers = sum(len(name) + len(value or b"") + 100 for name, value in record.headers)
-    return _payload(record) + headers + 100
-
-
-def _payload(record: Record) -> int:
-    return len(record.key or b"") + len(record.value or b"")
-
-
-def _cut(partition: _Partition, records: list[Record]) -> tuple[Range, list[Record]]:
+def _cut(partition: _Partition, taken: list[Records]) -> tuple[Range, list[Records]]:
     """The next range of a partition, up to its position if that is all there is, else up to the last record taken."""
     start = partition.cut_end
-    end = records[-1].offset + 1 if partition.records else partition.read_end
+    end = int(taken[-1].offset[-1]) + 1 if partition.records else partition.read_end
     assert start is not None
     assert end is not None
     partition.cut_end = end
-    return Range(partition.tp.topic, partition.tp.partition, start, end), records
+    return Range(partition.tp.topic, partition.tp.partition, start, end), taken
 
 
-def _messages(pieces: Sequence[tuple[Range, list[Record]]]) -> Messages:
-    records = [record for _, taken in pieces for record in taken]
-    # A producer may write any number; what does not fit is no time, and an overflow would be another one.
-    timestamps_ms = np.fromiter(
-        (r.timestamp if 0 <= r.timestamp <= _LATEST_MS else -1 for r in records), np.int64, len(records)
-    )
+def _messages(pieces: Sequence[tuple[Range, list[Records]]]) -> Messages:
+    taken = [records for _, some in pieces for records in some]
+    counts = [sum(map(len, some)) for _, some in pieces]
+    starts = accumulate(map(len, taken), initial=0)
     return Messages(
         cut=tuple(range_ for range_, _ in pieces),
-        range_index=np.repeat(
-            np.arange(len(pieces), dtype=np.int32), np.array([len(taken) for _, taken in pieces], np.int64)
-        ),
-        offset=np.fromiter((r.offset for r in records), np.int64, len(records)),
-        broker_ns=np.where(timestamps_ms < 0, -1, timestamps_ms * 1_000_000),
-        key=[r.key for r in records],
-        value=[r.value for r in records],
-        headers=[_headers(r.headers) for r in records] if any(r.headers for r in records) else None,
-        unread={m: r.unread for m, r in enumerate(records) if r.unread is not None},
+        range_index=np.repeat(np.arange(len(pieces), dtype=np.int32), counts),
+        offset=np.concatenate([_NONE, *(records.offset for records in taken)]),
+        broker_ns=np.concatenate([_NONE, *(records.broker_ns for records in taken)]),
+        key=[key for records in taken for key in records.key],
+        value=[value for records in taken for value in records.value],
+        headers=[headers for records in taken for headers in records.headers or [[]] * len(records)]
+        if any(records.headers for records in taken)
+        else None,
+        unread={at: records.unread for at, records in zip(starts, taken, strict=False) if records.unread is not None},
     )
-
-
-def _headers(headers: Sequence[tuple[str, bytes | None]]) -> Headers:
-    """Kafka allows a header without a value; here it is an empty one."""
-    return [(key, value or b"") for key, value in headers]

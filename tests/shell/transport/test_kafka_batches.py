@@ -7,7 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 from hypothesis import given, settings
@@ -21,8 +21,8 @@ from kafka.structs import TopicPartition
 
 from streamlstm.cli.reverting import parse_range
 from streamlstm.errors import DataError
-from streamlstm.records.batch import Unread
-from streamlstm.transport.kafka.batches import Record, read_batches
+from streamlstm.records.batch import Headers, Unread
+from streamlstm.transport.kafka.batches import read_batches
 from streamlstm.transport.kafka.source import KafkaSource
 from streamlstm.transport.kafka.unpack import CannotUnpack, unpack
 
@@ -73,9 +73,21 @@ def marker(base: int, pid: int, *, abort: bool) -> bytearray:
     return packed(bytes([2 * len(record)]) + record, 0x30, records=1, base=base, pid=pid)
 
 
+class Row(NamedTuple):
+    """One record, as it came out; ``timestamp`` is in ms."""
+
+    offset: int
+    timestamp: int
+    key: bytes | None
+    value: bytes | None
+    headers: Headers
+    leader_epoch: int
+    unread: Unread | None
+
+
 def read(
     data: bytes, *, start: int = 0, excluded: range = range(0), limit: int = LIMIT, aborted: Sequence[Any] = ()
-) -> tuple[list[Record], int]:
+) -> tuple[list[Row], int]:
     """The records, and where reading goes on."""
     fetcher: Any = SimpleNamespace()
     read_batches(
@@ -88,7 +100,17 @@ def read(
         isolation_level=IsolationLevel.READ_COMMITTED,
         aborted_transactions=aborted,
     )
-    return part.take(None), part.next_fetch_offset
+    rows: list[Row] = []
+    while part:
+        for some in part.take(None):
+            times_ms = (some.broker_ns // 1_000_000).tolist()
+            headers = some.headers or [[]] * len(some)
+            rest = (some.leader_epoch, some.unread)
+            rows += [
+                Row(*row, *rest)
+                for row in zip(some.offset.tolist(), times_ms, some.key, some.value, headers, strict=True)
+            ]
+    return rows, part.next_fetch_offset
 
 
 @pytest.mark.parametrize("codec", range(5))
@@ -101,7 +123,7 @@ def test_records_come_out_as_they_went_in(codec: int) -> None:
         (110, 1000, b"k0", b"d"),
     ]
     assert {r.leader_epoch for r in records} == {7}
-    assert records[0].headers == [("h", b"x"), ("n", None)]
+    assert records[0].headers == [("h", b"x"), ("n", b"")]
     assert not any(r.unread for r in records)
     assert position == 111
 
