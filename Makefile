@@ -34,6 +34,7 @@ test: lint types unit
 
 bench: setup
 	$(BIN)/python bench/engine.py
+	$(BIN)/python bench/read.py
 	$(BIN)/python bench/decode.py
 	$(BIN)/python bench/encode.py
 	$(BIN)/python bench/help.py
