@@ -17,7 +17,7 @@ from typing import NamedTuple, Self
 
 from streamlstm.config.urls import mask_credentials, split_object_url
 from streamlstm.engine.state import EngineState, Stored
-from streamlstm.errors import CheckpointError, CheckpointNotWritten, ConfigError, StreamlstmError
+from streamlstm.errors import CheckpointError, CheckpointNotWritten, ConfigError, StreamlstmError, Temporary
 from streamlstm.recovery.directory import Directory
 from streamlstm.recovery.disk import Disk
 from streamlstm.recovery.encoding import Encoder
@@ -218,11 +218,17 @@ class CheckpointStore:
         """
         Take a bad generation out of the way, so that it is neither used nor counted again; its new name.
 
-        Only once an older one was found good: a start that is refused touches nothing.
+        Only once an older one was found good: a start that is refused touches nothing. Raises
+        :class:`~streamlstm.errors.Temporary` where another process has removed it or made another of its step.
         """
         self._forget(step)
         try:
             return self._place.put_aside(step)
+        except FileNotFoundError as error:
+            raise Temporary(
+                f"the checkpoint of step {step} in {self.name} was to be put aside, but another process has removed or "
+                "replaced it meanwhile"
+            ) from error
         except OSError as error:
             raise CheckpointNotWritten(
                 f"the checkpoint of step {step} in {self.name} cannot be put aside: {error}"

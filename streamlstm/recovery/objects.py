@@ -20,6 +20,7 @@ says nothing about what is in it: reading is then :class:`~streamlstm.errors.Tem
 """
 
 import errno
+import hashlib
 import os
 import queue
 import re
@@ -131,6 +132,7 @@ class ObjectPrefix:
         self._filesystem: pafs.FileSystem | None = None
         self._opened = False
         self._known: dict[int, set[str]] = {}
+        self._seen: dict[int, set[bytes]] = {}
 
     def open(self) -> None:
         """See that the bucket is there and that we may write; then sweep. Nothing when it is open."""
@@ -177,6 +179,8 @@ class ObjectPrefix:
         """Copy its manifest to a marker, then delete it. A kill between the two does no more than begin again."""
         current = f"{name_of(step)}/{MANIFEST}"
         manifest = self.get(current)
+        if manifest is None or (step in self._seen and _sha256(manifest) not in self._seen[step]):
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), current)
         for name in (taken := [name for name in self._list().bad() if name.startswith(f"{name_of(step)}.")]):
             if self.get(name) == manifest:
                 break
@@ -208,6 +212,13 @@ class ObjectPrefix:
     def remember(self, step: int, manifest: bytes) -> None:
         """Of a manifest that this process has read or written, and so may replace."""
         self._known.setdefault(step, set()).add(digest_manifest(manifest))
+        self.look_at(step, manifest)
+
+    def look_at(self, step: int, manifest: bytes | None) -> None:
+        """What this process has judged of a step: of one that was looked at nothing else is put aside."""
+        seen = self._seen.setdefault(step, set())
+        if manifest is not None:
+            seen.add(_sha256(manifest))
 
     def knows(self, step: int, manifest: bytes) -> bool:
         """Whether :meth:`remember` was told."""
@@ -355,6 +366,7 @@ class ObjectFiles:
         """See :class:`~streamlstm.recovery.generations.Files`."""
         with self._place.reading():
             data = self._place.get(self._manifest)
+        self._place.look_at(self._step, data)
         if data is None:
             raise CheckpointError(f"{MANIFEST} is missing")
         self._place.remember(self._step, data)
@@ -498,6 +510,10 @@ def _serve(line: queue.SimpleQueue[Callable[[], None]]) -> None:
         with suppress(BaseException), underway():  # what an upload that nobody waits for says at its end
             call()
         del call
+
+
+def _sha256(data: bytes) -> bytes:
+    return hashlib.sha256(data).digest()
 
 
 def _read_all(filesystem: pafs.FileSystem, path: str) -> bytes:

@@ -106,7 +106,11 @@ class Place(Protocol):
         ...
 
     def put_aside(self, step: int) -> str:
-        """Take a bad generation out of :meth:`steps`, into :meth:`bad`; its name there."""
+        """
+        Take a bad generation out of :meth:`steps`, into :meth:`bad`; its name there.
+
+        Raises ``FileNotFoundError`` where it is gone, or is another by now than the one that was read here.
+        """
         ...
 
     def files_of_bad(self, name: str) -> Files:

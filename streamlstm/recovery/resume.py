@@ -207,7 +207,7 @@ def resume(world: World, terms: Terms, witness: Witness) -> Ready:
     if found.loaded is not None:
         for unused in found.refused:
             tell = witness.left_behind if unused.left else witness.found_bad
-            tell(unused, world.store.put_aside(unused.step))
+            tell(unused, _put_aside(world, seen, chain, unused.step))
     began = laps.lap("progress", began)
 
     found = _check(world, terms, found, chain)  # 5
@@ -574,6 +574,16 @@ def _from_its_first(chain: Chain) -> bool:
     """Whether everything can be computed again: no recorded step was trimmed, nor where the first began."""
     first = next(chain.after(0), None)
     return chain.origin is not None and (first is None or first.number == 1)
+
+
+def _put_aside(world: World, seen: Sequence[int], chain: Chain, step: int) -> str:
+    try:
+        return world.store.put_aside(step)
+    except Temporary as error:
+        judged = judge_refused(error, world.store, seen, world.progress, chain)
+        if judged is error:
+            raise
+        raise judged from error
 
 
 def _put_aside_all_but_zero(store: CheckpointStore) -> list[str]:

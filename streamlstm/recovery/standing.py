@@ -104,8 +104,9 @@ def judge_refused(
     error: StreamlstmError, store: CheckpointStore, seen: Sequence[int], progress: ProgressLog, chain: Chain | None
 ) -> StreamlstmError:
     """
-    What it means that a start has nothing to go on from. An object store knows no lock: who is in it beside us may have
-    written and pruned since we had ``seen`` its generations, and then it says nothing about what is there now.
+    What it means that a start has nothing to go on from, or misses what it found. An object store knows no lock: who is
+    in it beside us may have written and pruned since we had ``seen`` its generations, and then it says nothing about
+    what is there now.
 
     If somebody else wrote to the chain since we read it: :class:`~streamlstm.errors.Superseded`. If only the
     generations are others, or we have read no ``chain`` yet, a restart finds out. Otherwise it stays what it was.
