@@ -65,8 +65,7 @@ class Directory:
             was_there = True
             if not self.directory.is_dir():
                 raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
-            if not os.access(self.directory, os.W_OK | os.X_OK | os.R_OK):
-                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+            self._must_be_writable()
             self._take_lock(self._open_lock())
             if not self.steps():
                 # Whoever made the directory may have been cut off before its name was safe, and then all in it is not.
@@ -140,6 +139,12 @@ class Directory:
 
     def _names(self) -> list[str]:
         return _names(self.directory) if self.directory.exists() else []
+
+    def _must_be_writable(self) -> None:
+        if not os.access(self.directory, os.W_OK | os.X_OK | os.R_OK):
+            read_only = os.statvfs(self.directory).f_flag & os.ST_RDONLY
+            number = errno.EROFS if read_only else errno.EACCES
+            raise OSError(number, os.strerror(number))
 
     def _open_lock(self) -> int:
         flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC

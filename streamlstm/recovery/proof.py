@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 from streamlstm.config.keys import tell_changes
-from streamlstm.errors import CheckpointError, ConfigError, ProgressError
+from streamlstm.errors import CheckpointError, ConfigError, LogGap, ProgressError
 from streamlstm.records.batch import Cut, Messages
 from streamlstm.recovery.checkpoint import CheckpointStore, Refused
 from streamlstm.recovery.fingerprint import Fingerprint, compare_fingerprints
@@ -188,7 +188,16 @@ def _recompute(
     seek_to_replay(bench.source, chain, generation, excluded)
 
     def read(cut: Cut) -> Messages:
-        return bench.source.read(cut, bench.read_timeout_s)
+        try:
+            return bench.source.read(cut, bench.read_timeout_s)
+        except LogGap as error:
+            # What the source advises is for who goes on, not for who only looks.
+            told = "; ".join(f"{topic}-{part}: {start} to {end - 1}" for topic, part, start, end in error.gaps)
+            raise LogGap(
+                f"the input of recorded steps after {generation.step} is no longer retained ({told or error}), so they "
+                "cannot be computed again; begin at a later step",
+                error.gaps,
+            ) from error
 
     for joined in join_steps(steps, ends):
         engine = segments.engine_for(joined[0])

@@ -40,10 +40,16 @@ from streamlstm.recovery.progress import (
 from streamlstm.recovery.provenance import Generation, Provenance, Settings
 from streamlstm.recovery.repetition import Repeat, Repeated, Repetition
 from streamlstm.recovery.segments import Segments
-from streamlstm.recovery.standing import Unusable, judge_refused, why_not_on
+from streamlstm.recovery.standing import Unusable, judge_refused, steps_on, why_not_on
 from streamlstm.transport.interfaces import LiveSource, Position, ProgressLog, Publisher
 
 Decode = Callable[[Messages], RecordBatch]
+
+_WAYS_OUT = (
+    "bring a copy back, take one that was put aside (`checkpoint list` names them, and `checkpoint restore NAME` takes "
+    "one), have everything computed again by `run --rebuild-from-log` if the progress log was never trimmed, or start "
+    "anew with `run --fresh`"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,8 +204,10 @@ def resume(world: World, terms: Terms, witness: Witness) -> Ready:
     world.store.open()  # 1
     seen = world.store.steps()
     found = _find(world, terms, seen, {})  # 2
-    if found.loaded is not None and found.loaded.generation.step > 0 and not terms.fresh:
-        _check_identity(found.loaded.generation, terms.settings)
+    if found.loaded is not None:
+        _check_name(found.loaded.generation, world.store.name, terms.settings.name)
+        if found.loaded.generation.step > 0 and not terms.fresh:
+            _check_identity(found.loaded.generation, terms.settings)
     began = laps.lap("load", began)
 
     world.publisher.begin_session()  # 3
@@ -278,7 +286,9 @@ def _find(
     except CheckpointError as error:
         if isinstance(error.__cause__, NewerSchema):
             raise
-        return _Found(None, (), _refuse(world, seen, chain, error, mended=terms.fresh or terms.rebuild))
+        mended = terms.fresh or terms.rebuild
+        told = error if mended else CheckpointError(f"{error}; {_WAYS_OUT}")
+        return _Found(None, (), _refuse(world, seen, chain, told, mended=mended))
 
 
 def _refuse(
@@ -310,7 +320,6 @@ def _read_progress(world: World, terms: Terms, seen: Sequence[int], found: _Foun
             told += f": bring it back, {again}or start anew with `run --fresh`"
         return _Found(None, (), _refuse(world, seen, chain, ProgressError(told), mended=mended)), chain
 
-    _check_name(found.loaded.generation, world.store.name, name)
     link = found.loaded.generation.provenance.progress
     chain = read_chain(world.progress.read(link.offset if link else 0), name)
     if link is not None and (chain.first != link or chain.ends_at(link) is None):
@@ -327,6 +336,8 @@ def _read_progress(world: World, terms: Terms, seen: Sequence[int], found: _Foun
             reason, left = str(error), False
         if reason is None:
             break
+        if world.repeat is not None and not left and generation.step > chain.last_step:
+            raise _journal_is_behind(world.store, chain, generation)
         beyond[generation.step] = Refused(generation.step, reason, left)
         found = _find(world, terms, seen, beyond, chain)
     return found, chain
@@ -368,7 +379,10 @@ def _prepare(world: World, terms: Terms, found: _Found, chain: Chain, witness: W
 def _check_name(generation: Generation, where: str, name: str) -> None:
     was = generation.provenance.settings.name
     if was != name:
-        raise ConfigError(f"name: {where} holds the state of {was!r}, and this deployment is called {name!r}")
+        raise ConfigError(
+            f"name: {where} holds the state of {was!r}, and this deployment is called {name!r}: set the name back, or "
+            "give this one a checkpoint.url of its own"
+        )
 
 
 def _check_identity(generation: Generation, settings: Settings) -> None:
@@ -383,6 +397,19 @@ def _starts_elsewhere(generation: Generation, settings: Settings) -> bool:
     """Whether the start positions of this generation 0 are no longer those of the configuration."""
     keys = changed(generation.provenance.settings.identity, settings.identity)
     return not {"source.start", "source.topics"}.isdisjoint(keys)
+
+
+def _journal_is_behind(store: CheckpointStore, chain: Chain, generation: Generation) -> ProgressError:
+    """
+    A checkpoint proves that the journal held more, and all of that is out. Going on behind it would publish it again
+    with input cut otherwise, under a revision that has it already.
+    """
+    last = max(steps_on(chain, store), default=None)
+    revert = f", or go on from what is left by `checkpoint revert {last}`: readers can tell" if last is not None else ""
+    return ProgressError(
+        f"the journal ends with step {chain.last_step}, but the checkpoint of step {generation.step} was made from "
+        f"more of it, which was published and is gone: bring journal and checkpoints of one copy back{revert}"
+    )
 
 
 def _check_topics(source: LiveSource, generation: Generation) -> None:

@@ -27,7 +27,8 @@ def why_not_on(chain: Chain, generation: Generation) -> str | None:
             return None
         raise ProgressError(
             f"the progress log is empty, but {here} stands on its offset {made.progress.offset}: is this the right "
-            "cluster and topic? If the topic is lost, the deployment can only start anew, in another state directory"
+            "cluster and topic, and with sink.delivery: idempotent, is the journal in checkpoint.url? Bring it back; "
+            "if it is lost, start anew under another name with topics and a checkpoint.url of its own"
         )
     if generation.step == 0 and generation.digest in chain.zeros:
         return None
@@ -38,8 +39,9 @@ def why_not_on(chain: Chain, generation: Generation) -> str | None:
     elif made.progress.offset < chain.first.offset and made.lineage == chain.lineage:
         raise Unusable(
             f"the progress log begins at offset {chain.first.offset}, but {here} stands on offset "
-            f"{made.progress.offset}: it must keep its records (cleanup.policy=delete, retention.ms=-1); "
-            "`run --fresh` starts anew"
+            f"{made.progress.offset}, and what lay between is gone, trimmed by a process that had newer checkpoints or "
+            "deleted by retention: bring a newer one back (`checkpoint list` names those that were put aside, and "
+            "`checkpoint restore NAME` takes one), or start anew with `run --fresh`"
         )
     elif chain.ends_at(made.progress) != generation.step:
         return f"it is not in the progress chain, which ends with step {chain.last_step}"

@@ -42,6 +42,7 @@ bounds (about 1 MiB of messages), and a message gives no more than ``decode.max_
 MAX_REPLAY_FACTOR = 10
 """How many times ``checkpoint.every.records`` may be consumed while no checkpoint is durable."""
 
+_MEND = "mend or empty what is under checkpoint.url, then start again: nothing is lost"
 _LAG_EVERY_S = 1.0
 _RETRY_POLL_S = 0.5
 
@@ -474,7 +475,7 @@ class Daemon:
         if self._schedule.too_far():
             raise CheckpointNotWritten(
                 f"{self._schedule.since_durable} records were consumed since the last checkpoint, too many to replay; "
-                f"{outcome.error}"
+                f"{outcome.error}; {_MEND}"
             ) from outcome.error
 
     def _finish(self) -> None:
@@ -487,7 +488,7 @@ class Daemon:
             outcome = self._writer.poll(self._left_s())
             self._heed_checkpoint(outcome)
             if isinstance(outcome, Failed):
-                raise outcome.error
+                raise CheckpointNotWritten(f"{outcome.error}; {_MEND}") from outcome.error
         behind = self._engine.step_number - self._schedule.durable_step
         if behind:
             self._log.warning("stopped without a last checkpoint", steps_to_replay=behind)
@@ -605,7 +606,7 @@ def tell_gap(log: Log, observer: Observer, ranges: Sequence[Range]) -> None:
     observer.observe_gap(ranges)
     for r in ranges:
         log.error(
-            "retention deleted offsets before they were read; they are passed over",
+            "retention deleted offsets that are needed; they are passed over",
             topic=r.topic,
             partition=r.partition,
             start=r.start,

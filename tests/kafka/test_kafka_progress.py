@@ -57,3 +57,11 @@ def test_a_trim_that_is_refused_is_told_once_and_raises_nothing(
     log.trim(99)
     told = [r for r in caplog.records if "not trimmed below offset 99" in r.getMessage() and r.levelname == "WARNING"]
     assert len(told) == 1
+
+
+def test_a_log_that_ends_before_has_nothing_there(deployment: Deployment) -> None:
+    """As one has that was made anew since a checkpoint stood on it."""
+    publisher = deployment.publisher()
+    publisher.begin_session()
+    last = publisher.commit(outputs(b"1"))
+    assert deployment.progress().read(last + 100) == []

@@ -40,7 +40,9 @@ class KafkaProgressLog:
             try:
                 return self._read(consumer, start)
             except kafka_errors.OffsetOutOfRangeError as error:
-                raise ProgressError(f"{self._tp.topic} was deleted from, or made anew, while it was read") from error
+                raise ProgressError(
+                    f"{self._tp.topic} was deleted from, or made anew, while it was read: start again"
+                ) from error
             except kafka_errors.KafkaError as error:
                 raise explain(error, "reading the progress log") from error
             finally:
@@ -69,7 +71,13 @@ class KafkaProgressLog:
         entries: list[ProgressEntry] = []
         end: int | None = None
         while end is None or position < end:
-            for record in consumer.poll(timeout_ms=_WAIT_MS, max_records=1000).get(tp, ()):
+            try:
+                polled = consumer.poll(timeout_ms=_WAIT_MS, max_records=1000)
+            except kafka_errors.OffsetOutOfRangeError:
+                if consumer.beginning_offsets([tp], timeout_ms=timeout_ms)[tp] < start:
+                    return []  # The log ends before: it was made anew, or cut back.
+                raise
+            for record in polled.get(tp, ()):
                 if record.value is None:
                     raise ProgressError(f"{tp.topic}: the record at offset {record.offset} is empty: not one of ours")
                 entries.append(ProgressEntry(record.offset, record.value))

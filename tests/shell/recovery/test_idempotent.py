@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import random
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -253,6 +254,31 @@ def test_a_record_that_was_cut_off_is_dropped_and_its_input_consumed_again(tmp_p
 
     assert out(broker) == reference
     assert engine.state().digests() == digests
+
+
+def test_a_journal_that_lost_what_a_checkpoint_stands_on_is_refused(tmp_path):
+    """It was published; cut otherwise, it would be published with other values under the same revision."""
+    broker, state = filled(), tmp_path / "state"
+    life(broker, state).run()
+    published = len(broker.published)
+    newest = max((state / "journal").iterdir())
+    newest.write_bytes(newest.read_bytes()[:-5])
+
+    with pytest.raises(ProgressError, match=r"the journal ends with step \d+, .*`checkpoint revert (\d+)`") as caught:
+        life(broker, state).run()
+    assert len(broker.published) == published
+    found = re.search(r"revert (\d+)", str(caught.value))
+    assert found is not None
+    back = life(broker, state)
+    revert(back.store, back.publisher, back.world.progress, "n", int(found[1]), [], lambda: "another")
+    back.publisher.close()
+    back.store.close()
+
+    process = life(broker, state)
+    process.run()
+
+    assert process.ready.revision == 1
+    out(broker)
 
 
 def test_a_damaged_journal_is_refused_with_its_file(tmp_path):

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from fakes import PACE, SETTINGS, Broker, Crash, Fate, Process, decode, digest_directory, fingerprint, message
 
-from streamlstm.errors import CheckpointError, ConfigError, ProgressError
+from streamlstm.errors import CheckpointError, ConfigError, LogGap, ProgressError
 from streamlstm.records.batch import Range
 from streamlstm.recovery.branching import revert
 from streamlstm.recovery.checkpoint import CheckpointStore, open_store
@@ -116,6 +116,16 @@ def test_where_no_checkpoint_is_old_enough_it_says_which_there_are(broker, tmp_p
     store.close()
     with pytest.raises(CheckpointError, match=r"no checkpoint in .* of step 1 or before it"):
         proven(broker, tmp_path, first=1)
+
+
+def test_input_that_is_gone_is_said_and_nobody_is_told_to_begin_anew(broker, tmp_path):
+    """What a start would do about it is no business of who only looks."""
+    broker.beginning["in", 0] = 10
+    with pytest.raises(
+        LogGap, match=r"in-0: 0 to 9\), so they cannot be computed again; begin at a later step"
+    ) as caught:
+        proven(broker, tmp_path)
+    assert "--fresh" not in str(caught.value)
 
 
 def test_a_checkpoint_of_another_run_is_gone_past_like_a_bad_one(broker, tmp_path):

@@ -253,7 +253,9 @@ def test_all_generations_bad_is_refused_and_touches_nothing(tmp_path):
 
     for _ in range(2):
         process = Process(broker, state, pace=KEEP_ALL)
-        with pytest.raises(CheckpointError, match=r"optim\.pt has 0 bytes") as caught:
+        with pytest.raises(
+            CheckpointError, match=r"optim\.pt has 0 bytes.*; bring a copy back, .*`run --fresh`"
+        ) as caught:
             process.run()
         assert caught.value.exit_code == 65
     assert digest_directory(state) == before
@@ -289,7 +291,7 @@ def test_a_progress_topic_that_lost_the_generations_record_is_refused(tmp_path):
     assert link is not None
     broker.progress = [entry for entry in broker.progress if entry.offset > link.offset]
 
-    with pytest.raises(ProgressError, match="must keep its records"):
+    with pytest.raises(ProgressError, match=r"what lay between is gone.*`checkpoint restore NAME`.*`run --fresh`"):
         Process(broker, state).run()
 
 
@@ -454,6 +456,19 @@ def test_an_identity_key_changed_later_is_refused_by_name(tmp_path):
         process.run()
     assert caught.value.exit_code == 78
     assert process.publisher.epoch == -1, "nobody is fenced by a mistake in the configuration"
+
+
+def test_the_state_of_another_deployment_is_not_to_be_begun_anew_in(tmp_path):
+    broker, state = filled(), tmp_path / "state"
+    Process(broker, state).run()
+
+    renamed = replace(changed_settings(name="m"), name="m")
+    for fresh in (False, True):
+        process = Process(broker, state, settings=renamed, fresh=fresh)
+        with pytest.raises(ConfigError, match=r"holds the state of 'n', .* 'm': set the name back") as caught:
+            process.run()
+        assert caught.value.exit_code == 78
+        assert process.publisher.epoch == -1
 
 
 def test_a_learning_key_is_taken_over_from_a_clean_stop(tmp_path):
