@@ -169,7 +169,8 @@ class Journal:
             if not _is_torn(data, end, self._next):
                 raise _damaged(segment.path, end, self._next)
             _log.warning(
-                "journal %s: record %d was cut off while it was written, and is dropped; nothing of it was published",
+                "journal %s: record %d was cut off while it was written, and is dropped; nothing of it was published, "
+                "unless the disk lost what it had acknowledged",
                 segment.path,
                 self._next,
             )

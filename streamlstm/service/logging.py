@@ -75,6 +75,8 @@ def configure_logging(
     # It complains of every call that takes long, and start-up is made of them.
     logging.getLogger("kafka.net.selector").setLevel(logging.ERROR)
     logging.getLogger("kafka").setLevel(logging.WARNING)
+    # What it calls a fatal error is raised, too, and told by us; a session that we end ourselves is one to it.
+    logging.getLogger("kafka.producer.transaction_manager").setLevel(logging.CRITICAL)
     structlog.configure(
         processors=[
             structlog.stdlib.filter_by_level,
