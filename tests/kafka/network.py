@@ -2,13 +2,16 @@
 A network between clients and their brokers, with weather: replies get lost, connections break, fall silent or crawl.
 
 It reads along: requests and replies come in frames, and a reply names its request. Brokers tell clients where they are,
-and those addresses are replaced by ours, which have the same length. Brokers speak to one another past it.
+and those addresses are replaced by ours, which have the same length. Brokers speak to one another past it. With a TLS
+context it is what clients meet first, and what says so when it does not like them.
 """
 
 import asyncio
 import contextlib
 import random
+import select
 import socket
+import ssl
 import struct
 import threading
 from collections.abc import Coroutine, Sequence
@@ -71,8 +74,9 @@ class _Line:
 class Network:
     """A :class:`broker.Cluster`'s plaintext listeners, reached the long way round; ``bootstrap`` is where."""
 
-    def __init__(self, brokers: Sequence[str], seed: int = 0) -> None:
-        self._rng = random.Random(seed)
+    def __init__(self, brokers: Sequence[str], seed: int = 0, tls: ssl.SSLContext | None = None) -> None:
+        self._rng, self._tls = random.Random(seed), tls
+        self._doors: list[_Door] = []
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="network", daemon=True)
         self._thread.start()
@@ -100,6 +104,8 @@ class Network:
         self._do(self._set_down(down=False))
 
     def close(self) -> None:
+        for door in self._doors:
+            door.close()
         self._do(self._close())
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
@@ -118,6 +124,9 @@ class Network:
         server = await asyncio.start_server(accept, _HOST, 0)
         self._servers.append(server)
         ours = server.sockets[0].getsockname()[1]
+        if self._tls:
+            self._doors.append(_Door(self._tls, ours))
+            ours = self._doors[-1].port
         prefix = _HOST.encode()
         self._substitutes[prefix + struct.pack(">i", int(port))] = prefix + struct.pack(">i", ours)
         return f"{_HOST}:{ours}"
@@ -222,6 +231,55 @@ class Network:
             await asyncio.sleep(_CRAWL_PAUSE_S)
         writer.write(frame)
         await writer.drain()
+
+
+class _Door:
+    """TLS before a port of this machine. By threads: asyncio hangs up on a refused client without a word."""
+
+    def __init__(self, context: ssl.SSLContext, inside: int) -> None:
+        self._context, self._inside = context, inside
+        self._listener = socket.create_server((_HOST, 0))
+        self.port: int = self._listener.getsockname()[1]
+        threading.Thread(target=self._welcome, name="door", daemon=True).start()
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+
+    def _welcome(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                client, _ = self._listener.accept()
+                threading.Thread(target=self._converse, args=(client,), name="door", daemon=True).start()
+
+    def _converse(self, client: socket.socket) -> None:
+        with (
+            contextlib.suppress(OSError),
+            self._context.wrap_socket(client, server_side=True, do_handshake_on_connect=False) as outer,
+        ):
+            try:
+                outer.do_handshake()
+            except ssl.SSLError:
+                # The client was told why. What it has sent meanwhile is taken: a reset would overtake that.
+                outer.shutdown(socket.SHUT_WR)
+                while outer.recv(4096):
+                    pass
+                return
+            with socket.create_connection((_HOST, self._inside)) as inner:
+                _carry(outer, inner)
+
+
+def _carry(outer: ssl.SSLSocket, inner: socket.socket) -> None:
+    """Both ways, in one thread: a TLS connection is not for two. Until one end hangs up."""
+    while True:
+        ready = [outer] if outer.pending() else select.select([outer, inner], [], [])[0]
+        for source, sink in ((outer, inner), (inner, outer)):
+            if source in ready:
+                data = source.recv(65536)
+                if not data:
+                    return
+                sink.sendall(data)
 
 
 async def _frame(reader: asyncio.StreamReader) -> bytes:

@@ -25,6 +25,16 @@ BUDGET_S = 5.0
 _TO_REPORT_S = 0.3
 _UNSUPPORTED_MECHANISM, _ILLEGAL_SASL_STATE = 33, 34
 _EXPIRED, _NOT_YET_VALID, _WRONG_NAME, _WRONG_ADDRESS = 10, 9, 62, 64
+_OUR_CERTIFICATE = {
+    "SSLV3_ALERT_CERTIFICATE_EXPIRED": "it has expired",
+    "SSLV3_ALERT_CERTIFICATE_REVOKED": "it was revoked",
+    "SSLV3_ALERT_CERTIFICATE_UNKNOWN": "it is not acceptable, for a reason the broker does not tell",
+    "SSLV3_ALERT_BAD_CERTIFICATE": "it is damaged",
+    "SSLV3_ALERT_UNSUPPORTED_CERTIFICATE": "it is of a kind the broker does not take",
+    "TLSV1_ALERT_UNKNOWN_CA": "the broker does not know who signed it",
+}
+"""What a broker says of a client's certificate, as OpenSSL calls it."""
+
 _CONNECTION_ENDED = (HungUp, ConnectionResetError, BrokenPipeError, ssl.SSLEOFError, ssl.SSLZeroReturnError)
 
 
@@ -134,6 +144,11 @@ def _enter(attempt: _Attempt) -> None:
             versions = connection.versions()
         except (NotKafka, *_CONNECTION_ENDED) as error:
             raise _mute(attempt, host, port, error) from error
+        except ssl.SSLError as error:
+            # With TLS 1.3 the handshake is over for us before the broker has looked at our certificate.
+            if refused := _refused_certificate(attempt.security, error):
+                raise refused from error
+            raise
         if attempt.security.protocol.startswith("SASL_"):
             _authenticate(attempt, connection)
         try:
@@ -191,17 +206,27 @@ def _secure(attempt: _Attempt, sock: socket.socket, host: str) -> socket.socket:
                 f"the listener speaks no TLS, and source.security.protocol is {protocol}: use the port of the TLS "
                 f"listener, or set it to {protocol.replace('SSL', 'PLAINTEXT')}"
             ) from error
-        if "CERTIFICATE_REQUIRED" in str(error):
-            raise NotAuthorised("the broker wants a client certificate: set cert_file and key_file") from error
+        if refused := _refused_certificate(attempt.security, error):
+            raise refused from error
         raise ConfigError(f"the TLS handshake failed: {error}") from error
 
 
-def _distrust(security: Security, host: str, error: ssl.SSLCertVerificationError) -> ConfigError:
+def _refused_certificate(security: Security, error: Exception) -> NotAuthorised | None:
+    """What is wrong with our certificate, if it is that."""
+    reason = (error.reason if isinstance(error, ssl.SSLError) else None) or ""
+    if "CERTIFICATE_REQUIRED" in reason:
+        return NotAuthorised("the broker wants a client certificate: set cert_file and key_file")
+    if reason in _OUR_CERTIFICATE:
+        return NotAuthorised(f"the broker refuses the certificate {security.cert_file}: {_OUR_CERTIFICATE[reason]}")
+    return None
+
+
+def _distrust(security: Security, host: str, error: ssl.SSLCertVerificationError) -> NotAuthorised | ConfigError:
     reason = error.verify_message
     if error.verify_code in (_WRONG_NAME, _WRONG_ADDRESS):
         return ConfigError(f"the certificate is not for {host}: use the name it was issued for ({reason})")
     if error.verify_code in (_EXPIRED, _NOT_YET_VALID):
-        return ConfigError(f"the certificate of {host} is out of date, or this machine's clock is wrong ({reason})")
+        return NotAuthorised(f"the certificate of {host} is out of date, or this machine's clock is wrong ({reason})")
     authority = f"source.security.ca_file {security.ca_file}" if security.ca_file else "the system's authorities"
     return ConfigError(f"the certificate of {host} is not signed by {authority}: set the right ca_file ({reason})")
 
@@ -215,7 +240,9 @@ def _mute(attempt: _Attempt, host: str, port: int, error: Exception) -> Streamls
             f"set it to {'SASL_SSL' if protocol.startswith('SASL_') else 'SSL or SASL_SSL'}"
         )
     if attempt.context is not None:
-        return HungUpOn("the broker closed the connection after TLS: it may want a client certificate (cert_file)")
+        ours = attempt.security.cert_file
+        wants = f"not like the certificate {ours}" if ours else "want a client certificate (cert_file)"
+        return HungUpOn(f"the broker closed the connection after TLS: it may {wants}")
     return Unavailable(f"what answers there is no Kafka broker: {error or 'it closed the connection'}")
 
 
