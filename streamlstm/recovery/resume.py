@@ -45,6 +45,8 @@ from streamlstm.transport.interfaces import LiveSource, Position, ProgressLog, P
 
 Decode = Callable[[Messages], RecordBatch]
 
+_PLACE_OF_THE_CHAIN = frozenset({"sink.delivery", "sink.progress.topic"})
+
 _WAYS_OUT = (
     "bring a copy back, take one that was put aside (`checkpoint list` names them, and `checkpoint restore NAME` takes "
     "one), have everything computed again by `run --rebuild-from-log` if the progress log was never trimmed, or start "
@@ -206,8 +208,8 @@ def resume(world: World, terms: Terms, witness: Witness) -> Ready:
     found = _find(world, terms, seen, {})  # 2
     if found.loaded is not None:
         _check_name(found.loaded.generation, world.store.name, terms.settings.name)
-        if found.loaded.generation.step > 0 and not terms.fresh:
-            _check_identity(found.loaded.generation, terms.settings)
+        if found.loaded.generation.step > 0:
+            _check_identity(found.loaded.generation, terms.settings, fresh=terms.fresh)
     began = laps.lap("load", began)
 
     world.publisher.begin_session()  # 3
@@ -385,11 +387,16 @@ def _check_name(generation: Generation, where: str, name: str) -> None:
         )
 
 
-def _check_identity(generation: Generation, settings: Settings) -> None:
-    if told := tell_changes(generation.provenance.settings.identity, settings.identity):
+def _check_identity(generation: Generation, settings: Settings, *, fresh: bool = False) -> None:
+    """A new beginning follows the chain, so it can follow no change of where that is."""
+    then = generation.provenance.settings.identity
+    moved = not _PLACE_OF_THE_CHAIN.isdisjoint(changed(then, settings.identity))
+    told = tell_changes(then, settings.identity)
+    if told and (moved or not fresh):
+        anew = "" if moved else "start anew with `run --fresh`, "
         raise ConfigError(
-            f"{told}; the state hangs on them: set them back, start anew with `run --fresh`, or give the changed "
-            "deployment a name, output topics and a checkpoint.url of its own"
+            f"{told}; the state hangs on them: set them back, {anew}or give the changed deployment a name, output "
+            "topics and a checkpoint.url of its own"
         )
 
 

@@ -249,7 +249,8 @@ def _damaged(tp: TopicPartition, batch: Any, what: str) -> DataError:  # noqa: A
     first, last = batch.base_offset, batch.last_offset
     return DataError(
         f"{tp.topic}/{tp.partition}: the batch of offsets {first} to {last} is damaged: {what}; mend the log, or leave "
-        f"them out: `streamlstm checkpoint revert ID --exclude {tp.topic}:{tp.partition}:{first}-{last + 1}`"
+        f"them out: `streamlstm checkpoint revert ID --exclude {tp.topic}:{tp.partition}:{first}-{last + 1}`, where ID "
+        "is a checkpoint that has not read them (`streamlstm checkpoint list` shows how far each has)"
     )
 
 

@@ -458,6 +458,18 @@ def test_an_identity_key_changed_later_is_refused_by_name(tmp_path):
     assert process.publisher.epoch == -1, "nobody is fenced by a mistake in the configuration"
 
 
+@pytest.mark.parametrize("fresh", [False, True])
+def test_a_chain_kept_elsewhere_cannot_be_begun_anew_in(tmp_path, fresh):
+    broker, state = filled(), tmp_path / "state"
+    Process(broker, state).run()
+
+    process = Process(broker, state, settings=changed_settings(sink__delivery="idempotent"), fresh=fresh)
+    with pytest.raises(ConfigError, match=r"sink\.delivery .*: set them back, or give") as caught:
+        process.run()
+    assert "--fresh" not in str(caught.value)
+    assert process.publisher.epoch == -1
+
+
 def test_the_state_of_another_deployment_is_not_to_be_begun_anew_in(tmp_path):
     broker, state = filled(), tmp_path / "state"
     Process(broker, state).run()
