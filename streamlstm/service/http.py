@@ -3,8 +3,9 @@
 
 One thread, one event loop: an idle connection costs a socket and no thread, so that a few hundred of them do not keep
 a scrape waiting. What is open is bounded (the oldest connection makes room), and so is what a request may be: its head
-has a size and a deadline, it has no body, and each connection answers one. Nothing here touches the engine or changes
-state; answers come from what the loop has told :class:`~streamlstm.service.status.Status`.
+has a size and a deadline, it has no body, and each connection answers one. Metrics that were put together a moment ago
+are given to whoever else asks, so that many scrapers take no more time from the loop than one. Nothing here touches the
+engine or changes state; answers come from what the loop has told :class:`~streamlstm.service.status.Status`.
 """
 
 import asyncio
@@ -12,6 +13,7 @@ import gzip
 import re
 import socket
 import threading
+import time
 from collections.abc import Callable
 from http import HTTPStatus
 from typing import Any, NamedTuple, Protocol
@@ -69,16 +71,26 @@ class HttpServer:
     :param listen: ``host:port``; port 0 takes a free one.
     :param max_connections: open at once; beyond that the oldest is closed.
     :param head_timeout_s: from connecting to the end of the request's head, and again for sending the answer.
+    :param share_s: how old the metrics may be that are given to another scraper.
     """
 
     def __init__(
-        self, listen: str, answers: Answers, render: Render, *, max_connections: int = 128, head_timeout_s: float = 5.0
+        self,
+        listen: str,
+        answers: Answers,
+        render: Render,
+        *,
+        max_connections: int = 128,
+        head_timeout_s: float = 5.0,
+        share_s: float = 0.1,
     ) -> None:
         self._listen = listen
         self._answers = answers
         self._render = render
         self._max_connections = max_connections
         self._head_timeout_s = head_timeout_s
+        self._share_s = share_s
+        self._shared: dict[str, tuple[float, _Response]] = {}
         self._open: dict[asyncio.Task[None], None] = {}  # in order of arrival
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
@@ -171,8 +183,7 @@ class HttpServer:
             return _plain(HTTPStatus.BAD_REQUEST)
         match url.path:
             case "/metrics":
-                body, content_type = self._render(request.headers.get("accept", ""))
-                return _Response(HTTPStatus.OK, body, content_type)
+                return self._metrics(request.headers.get("accept", ""))
             case "/healthz":
                 return _verdict(None if self._answers.healthy() else "stalled")
             case "/readyz":
@@ -181,6 +192,14 @@ class HttpServer:
                 return _Response(HTTPStatus.OK, msgspec.json.encode(self._answers.snapshot()) + b"\n", _JSON)
             case _:
                 return _plain(HTTPStatus.NOT_FOUND)
+
+    def _metrics(self, accept: str) -> _Response:
+        now_s = time.monotonic()
+        self._shared = {key: kept for key, kept in self._shared.items() if now_s - kept[0] < self._share_s}
+        if accept not in self._shared:
+            body, content_type = self._render(accept)
+            self._shared[accept] = now_s, _Response(HTTPStatus.OK, body, content_type)
+        return self._shared[accept][1]
 
     def _ready(self, lag: list[str]) -> _Response:
         if not lag:

@@ -224,3 +224,20 @@ def test_closing_frees_the_port_at_once(answers: Answers) -> None:
     assert second.start() == address
     second.close()
     idle.close()
+
+
+def test_metrics_are_put_together_once_for_all_who_ask_at_about_the_same_time(answers: Answers) -> None:
+    rendered: list[str] = []
+
+    def count(accept: str) -> tuple[bytes, str]:
+        rendered.append(accept)
+        return b"metrics", "text/plain"
+
+    for share_s, expected in ((3600.0, ["a", "b"]), (0.0, ["a", "a", "b", "a"])):
+        rendered.clear()
+        server = HttpServer("127.0.0.1:0", answers, count, share_s=share_s)
+        host, port = server.start().split(":")
+        for accept in ("a", "a", "b", "a"):
+            assert ask((host, int(port)), "/metrics", Accept=accept)[2] == b"metrics"
+        server.close()
+        assert rendered == expected
