@@ -143,7 +143,8 @@ def restore(loaded: "Loaded", what: str, *, dry_run: bool, as_json: bool) -> Non
     bits, and nothing is published again. To go back and learn otherwise, see `revert`.
 
     NAME is one that was put aside (see `list`); PATH an archive that `export` wrote, or a copied directory. Both are
-    refused if they are damaged, or of another deployment or run. Exit 75 while the service runs.
+    refused if they are damaged, or of another deployment or run. One that a `revert` left behind is put aside again by
+    the next start. Exit 75 while the service runs.
     """
     from streamlstm.cli import stored  # noqa: PLC0415, because of what this module says first
 

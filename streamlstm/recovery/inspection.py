@@ -99,7 +99,7 @@ def blaming(what: str) -> Generator[None, None, None]:
         raise CheckpointError(f"{what}: {error}") from error
     except CheckpointError as error:
         raise CheckpointError(
-            f"{what} is bad: {error}; take an older ID (`streamlstm checkpoint list` names them, "
+            f"{what} is bad: {error}; take another (`streamlstm checkpoint list` names what is there, "
             "`streamlstm checkpoint verify` checks them all)"
         ) from error
 

@@ -319,7 +319,7 @@ def _read_progress(world: World, terms: Terms, seen: Sequence[int], found: _Foun
         )
         if not mended:
             again = "have everything computed again by `run --rebuild-from-log`, " if _from_its_first(chain) else ""
-            told += f": bring it back, {again}or start anew with `run --fresh`"
+            told += f": is checkpoint.url right? If it is, bring one back, {again}or start anew with `run --fresh`"
         return _Found(None, (), _refuse(world, seen, chain, ProgressError(told), mended=mended)), chain
 
     link = found.loaded.generation.provenance.progress

@@ -148,7 +148,7 @@ def test_a_damaged_one_is_named_with_what_to_do(capsys, config, tmp_path, comman
     options = {"export": ["--out", str(tmp_path / "x.tar")], "diff": ["3"]}.get(command, [])
     said = refused(capsys, 65, command, "latest", *options, "-c", config)
     assert f"the checkpoint of step 7 in {tmp_path / 'state'} is bad: model.pt is damaged" in said
-    assert "take an older ID (`streamlstm checkpoint list`" in said
+    assert "take another (`streamlstm checkpoint list`" in said
 
 
 @pytest.mark.parametrize("file", ["model.pt", "MANIFEST.json"])
@@ -158,7 +158,7 @@ def test_a_damaged_one_at_a_path_is_named_by_its_path(capsys, config, tmp_path, 
     (copy / file).write_bytes(b"{")
     for command in (["diff", str(copy), "3"], ["restore", str(copy)]):
         assert f"{copy} is bad: {file} " in (said := refused(capsys, 65, *command, "-c", config))
-        assert "take an older ID" in said
+        assert "take another" in said
 
 
 def test_verify_of_one_does_not_look_at_the_others(capsys, config, tmp_path):

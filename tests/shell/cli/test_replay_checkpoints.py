@@ -215,7 +215,7 @@ def test_a_damaged_checkpoint_to_begin_with_is_named_with_what_to_do(here: Here,
     assert here.run("--from-checkpoint", name, "--set", f"checkpoint.url={here.kept}") == 65
     where = path if how == "path" else f"the checkpoint of step {step} in {here.kept}"
     assert f"{where} is bad: model.pt has 0 bytes" in (said := here.capsys.readouterr().err)
-    assert "take an older ID (`streamlstm checkpoint list`" in said
+    assert "take another (`streamlstm checkpoint list`" in said
 
 
 def test_a_state_of_another_shape_is_a_matter_of_configuration(here: Here) -> None:
