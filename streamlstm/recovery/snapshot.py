@@ -33,9 +33,10 @@ from streamlstm.series.table import Rows, Slots
 if sys.byteorder != "little":  # pragma: no cover
     raise ImportError("streamlstm stores tensors as little-endian rows, and this machine is big-endian")
 
-# What a file holds at most: bounds what a checkpoint takes beside the snapshot itself, some five times as much, and
-# lets a reader check one file while it parses another.
-_FILE_BYTES = 16 << 20
+# What a file holds at most: bounds what a checkpoint takes beside the snapshot itself, some five times as much where
+# the disk is slow, and lets a reader check one file while it parses another. The memory for a larger one would come
+# anew from the kernel each time; smaller ones ask for the interpreter more often.
+_FILE_BYTES = 30 << 20
 _FILE_ROWS = 8192
 
 # Series whose names are handled in one go, about 1 ms, and how long others may have the interpreter then.
@@ -141,6 +142,11 @@ def parts_of(state: EngineState, rows: Slots) -> list[Slots]:
 
 def write_series(sink: Sink, state: EngineState, place: Place, rows: Slots) -> None:
     """One Parquet file: a row per series of ``place``, in the order of ``rows``; page checksums on."""
+    sink.write(_encode_series(state, place, rows))
+
+
+def _encode_series(state: EngineState, place: Place, rows: Slots) -> memoryview:
+    """Nothing but the file itself is held while it waits to be written."""
     columns = describe_columns(state)
     values = state.take_all([name for name, column in columns.items() if column.width], rows)
     series = tuple(
@@ -151,7 +157,7 @@ def write_series(sink: Sink, state: EngineState, place: Place, rows: Slots) -> N
     room = np.empty(_most_bytes(table), np.uint8)
     made = pa.FixedSizeBufferWriter(pa.py_buffer(room))
     _write_parquet(made, table.schema, [table])
-    sink.write(room.data[: made.tell()])
+    return room.data[: made.tell()]
 
 
 def _gently(count: int) -> Iterator[int]:
@@ -340,7 +346,7 @@ def _schema(place: Place, columns: dict[str, Column]) -> pa.Schema:
 def _to_arrow(rows: Tensor, column: Column) -> pa.Array:
     if not column.shape and column.torch_dtype in _NATIVE:
         return pa.array(rows.numpy(), column.arrow(), from_pandas=False)
-    raw = rows.contiguous().reshape(-1).view(torch.uint8).numpy()
+    raw = rows.contiguous().view(torch.uint8).numpy()
     return pa.FixedSizeBinaryArray.from_buffers(column.arrow(), len(rows), [None, pa.py_buffer(raw)])
 
 

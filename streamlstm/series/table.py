@@ -141,17 +141,17 @@ class Snapshot(Mapping[str, Sequence[Tensor]]):
         taken = {
             name: self._whole[name][whole]
             if name in self._whole
-            else _take_rows(self._chunks[name], chosen, len(slots)).cpu()
+            else _copy_rows(self._chunks[name], chosen, len(slots)).cpu()
             for name in names
         }
         aside = self._aside_of[slots]
         assert not (aside == _RELEASED).any(), "rows that were given back are not read again"
         here = np.flatnonzero(aside >= 0)
         if len(here):
-            kept, target = _pieces(_lengths(self._aside), aside[here]), torch.from_numpy(here)
+            kept = _pieces(_lengths(self._aside), aside[here])
             for name, values in taken.items():
                 if name not in self._whole:
-                    values[target] = _take_rows(self._aside[name], kept, len(here)).cpu()
+                    values.numpy()[here] = _copy_rows(self._aside[name], kept, len(here)).cpu().numpy()
         return taken
 
     def release(self, rows: Slots) -> None:
@@ -172,7 +172,7 @@ class Snapshot(Mapping[str, Sequence[Tensor]]):
             room = self._room_for(len(slots))
             source, target = _pieces(_lengths(self._chunks), slots), _pieces(_lengths(self._aside), room)
             for name, chunks in self._chunks.items():
-                _put_rows(self._aside[name], target, _take_rows(chunks, source, len(slots)))
+                _put_rows(self._aside[name], target, _copy_rows(chunks, source, len(slots)))
             self._aside_of[slots] = room
 
     def _room_for(self, count: int) -> Slots:
@@ -452,14 +452,8 @@ class _Piece(NamedTuple):
     """The rows of some that lie in one piece: which of those, and which rows of it."""
 
     number: int
-    where: Slots
-    rows: Tensor
-
-    @property
-    def together(self) -> slice | None:
-        """``where`` as a slice, if it is one."""
-        first, last = int(self.where[0]), int(self.where[-1])
-        return slice(first, last + 1) if last - first == len(self.where) - 1 else None
+    where: Slots | slice
+    rows: Slots
 
 
 def _lengths(columns: Mapping[str, Sequence[Tensor]]) -> list[int]:
@@ -468,40 +462,58 @@ def _lengths(columns: Mapping[str, Sequence[Tensor]]) -> list[int]:
 
 
 def _pieces(lengths: Sequence[int], rows: Slots) -> list[_Piece]:
-    if len(lengths) == 1:
-        return [_Piece(0, np.arange(len(rows)), torch.from_numpy(rows))] if len(rows) else []
     ends = np.cumsum(lengths)
     piece_of = np.searchsorted(ends, rows, side="right")
     found: list[_Piece] = []
     for number in np.unique(piece_of):
         where = np.flatnonzero(piece_of == number)
+        first, last = int(where[0]), int(where[-1])
+        # In one go where they lie together: rows in the order of slots always do.
+        together = last - first == len(where) - 1
         start = int(ends[number]) - lengths[number]
-        found.append(_Piece(int(number), where, torch.from_numpy(rows[where] - start)))
+        found.append(_Piece(int(number), slice(first, last + 1) if together else where, rows[where] - start))
     return found
 
 
 def _take_rows(pieces: Sequence[Tensor], chosen: Sequence[_Piece], count: int) -> Tensor:
     like = pieces[0]
-    if len(chosen) == 1:
-        (piece,) = chosen
-        return pieces[piece.number].index_select(0, piece.rows.to(like.device))
-    taken = _room_like(like, count)
+    taken = like.new_empty((count, *like.shape[1:]))
     for piece in chosen:
-        rows = piece.rows.to(like.device)
-        if (together := piece.together) is not None:
-            # In one go where they lie together: rows in the order of slots always do.
-            torch.index_select(pieces[piece.number], 0, rows, out=taken[together])
-        else:
-            taken[torch.from_numpy(piece.where).to(like.device)] = pieces[piece.number].index_select(0, rows)
+        rows = torch.from_numpy(piece.rows).to(like.device)
+        taken[_on(like, piece.where)] = pieces[piece.number].index_select(0, rows)
     return taken
 
 
+def _copy_rows(pieces: Sequence[Tensor], chosen: Sequence[_Piece], count: int) -> Tensor:
+    """
+    As :func:`_take_rows`. On the CPU by numpy: torch lets go of the interpreter in every small operation, and whoever
+    runs beside the loop waits to have it back, and then the loop does.
+    """
+    if pieces[0].device.type != "cpu":
+        return _take_rows(pieces, chosen, count)
+    like = pieces[0].numpy()
+    taken = np.empty((count, *like.shape[1:]), like.dtype)
+    for number, where, rows in chosen:
+        source = pieces[number].numpy()
+        if isinstance(where, slice):
+            source.take(rows, axis=0, out=taken[where], mode="clip")
+        else:
+            taken[where] = source.take(rows, axis=0)
+    return torch.from_numpy(taken)
+
+
 def _put_rows(pieces: Sequence[Tensor], chosen: Sequence[_Piece], values: Tensor) -> None:
-    """The inverse of :func:`_take_rows`; no row may repeat."""
-    for piece in chosen:
-        together = piece.together
-        some = values[together] if together else values[torch.from_numpy(piece.where).to(values.device)]
-        pieces[piece.number].index_copy_(0, piece.rows.to(values.device), some)
+    """The inverse of :func:`_copy_rows`; no row may repeat."""
+    for number, where, rows in chosen:
+        piece = pieces[number]
+        if piece.device.type == "cpu":
+            piece.numpy()[rows] = values.numpy()[where]
+        else:
+            piece.index_copy_(0, torch.from_numpy(rows).to(piece.device), values[_on(piece, where)])
+
+
+def _on(like: Tensor, rows: Slots | slice) -> Tensor | slice:
+    return rows if isinstance(rows, slice) else torch.from_numpy(rows).to(like.device)
 
 
 def _room_like(like: Tensor, count: int) -> Tensor:
