@@ -217,6 +217,7 @@ class Daemon:
         )
         self._snapshot_s = 0.0
         self._trouble_since_s: float | None = None
+        self._held_since_s: float | None = None
         self._lag_told_s = float("-inf")
         self._trims = pace.trim
         self._committed = False
@@ -251,28 +252,52 @@ class Daemon:
         """One turn of the loop."""
         self._observer.observe_turn(self._now_s())
         began_s = self._now_s()
-        messages = self._poll()
+        messages = None if self._held_up() else self._poll()
         if messages is not None:
             self._step(messages, began_s)
         if self._commit_due():
             self._commit()
         self._heed_checkpoint(self._writer.poll())
-        if self._writer.busy and self._schedule.hangs():
-            raise CheckpointNotWritten(
-                f"the checkpoint in flight does not end: {self._schedule.since_durable} records were consumed since "
-                "the last one that is durable, too many to replay; look at the disk under checkpoint.url"
-            )
         if self._checkpoint_due():
             self._snapshot()
         self._tell_lag()
 
+    def _held_up(self) -> bool:
+        """
+        Whether nothing is to be read: too much would have to be replayed, and the checkpoint in flight takes its time.
+
+        It is waited for, as long as the configuration says.
+        """
+        if not (self._writer.busy and self._schedule.hangs()):
+            if self._held_since_s is not None:
+                self._observer.observe_phase("running")
+                self._log.info("the checkpoint in flight ended", waited_s=round(self._now_s() - self._held_since_s, 1))
+                self._held_since_s = None
+            return False
+        records = self._schedule.since_durable
+        if self._held_since_s is None:
+            self._held_since_s = self._now_s()
+            self._observer.observe_phase("waiting")
+            self._log.warning("nothing is read until the checkpoint in flight ends", records_to_replay=records)
+        if self._now_s() - self._held_since_s >= self._pace.trouble_limit_s:
+            raise CheckpointNotWritten(
+                f"the checkpoint in flight does not end: {records} records were consumed since the last one that is "
+                "durable, too many to replay; look at the disk under checkpoint.url"
+            )
+        self._heed_checkpoint(self._writer.poll(self._wait_s()))
+        return True
+
+    def _wait_s(self) -> float:
+        """How long the loop may wait for something at once."""
+        if not self._open.reports:
+            return self._pace.poll_timeout_s
+        left_s = self._open.opened_s + self._pace.commit_every_s - self._now_s()
+        return min(self._pace.poll_timeout_s, max(0.0, left_s))
+
     def _poll(self) -> Messages | None:
         """The next cut. A broker that is away is waited for, as long as the configuration says."""
-        timeout_s = self._pace.poll_timeout_s
-        if self._open.reports:
-            timeout_s = min(timeout_s, max(0.0, self._open.opened_s + self._pace.commit_every_s - self._now_s()))
         try:
-            messages = self._source.poll(self._pace.max_records, timeout_s)
+            messages = self._source.poll(self._pace.max_records, self._wait_s())
         except LogGap as error:
             if self._terms.on_gap == "fail" or not self._pass_over(error):
                 raise

@@ -1,8 +1,9 @@
 import errno
 import itertools
+import math
 import os
 import queue
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import BinaryIO
@@ -11,7 +12,7 @@ import pytest
 from fakes import PACE, Broker, Fate, FatedDisk, Process, message
 
 from streamlstm.errors import CheckpointNotWritten, DataError, Temporary
-from streamlstm.recovery.background import BackgroundWriter, in_a_thread
+from streamlstm.recovery.background import BackgroundWriter, Outcome, in_a_thread
 from streamlstm.recovery.checkpoint import Keep
 from streamlstm.recovery.progress import Steps, decode_record, read_chain
 from streamlstm.service import daemon
@@ -189,11 +190,29 @@ def test_a_disk_that_stays_full_ends_it_before_the_replay_grows_without_limit(tm
     again.store.close()
 
 
+class Slow(BackgroundWriter):
+    """What is submitted is written when somebody has waited for it so long, in turns that wait."""
+
+    def __init__(self, process: Process, takes_s: float) -> None:
+        self._works: list[Callable[[], None]] = []
+        super().__init__(process.store, Keep(3), start=self._works.append)
+        self._clock, self._takes_s, self._left_s = process.clock, takes_s, takes_s
+
+    def poll(self, timeout_s: float = 0.0) -> Outcome | None:
+        if self.busy:
+            self._clock.advance(max(timeout_s, 0.001))
+            self._left_s -= timeout_s
+        if self._works and self._left_s <= 0:
+            self._works.pop()()
+            self._left_s = self._takes_s
+        return super().poll()
+
+
 def test_a_checkpoint_that_never_ends_ends_it_before_the_replay_grows_without_limit(tmp_path):
     process = Process(filled(1000), tmp_path / "state")
     process.begin()
     assert process.daemon is not None
-    process.daemon._writer = BackgroundWriter(process.store, Keep(3), start=lambda _: None)
+    process.daemon._writer = Slow(process, math.inf)
     with pytest.raises(CheckpointNotWritten, match=r"does not end: .* too many to replay") as caught:
         process.daemon.run()
     process.store.close()
@@ -201,6 +220,25 @@ def test_a_checkpoint_that_never_ends_ends_it_before_the_replay_grows_without_li
     assert caught.value.exit_code == 74
     consumed = len(process.publisher.broker.published)
     assert 9 * PACE.checkpoint_every_records <= consumed < 12 * PACE.checkpoint_every_records
+    assert process.watching.phases[-1] == "waiting"
+
+
+def test_a_checkpoint_that_takes_its_time_is_waited_for_and_nothing_is_read_meanwhile(tmp_path):
+    process = Process(filled(1000), tmp_path / "state")
+    process.begin()
+    assert process.daemon is not None
+    process.daemon._writer = Slow(process, 0.9 * PACE.trouble_limit_s)
+    most = 0
+    while len(process.publisher.broker.published) < 1000:
+        process.daemon.turn()
+        most = max(most, process.daemon._schedule.since_durable)
+    process.store.close()
+
+    assert 9 * PACE.checkpoint_every_records <= most < 12 * PACE.checkpoint_every_records
+    held = process.journal.events("warning").count("nothing is read until the checkpoint in flight ends")
+    assert held >= 3
+    assert process.journal.events("info").count("the checkpoint in flight ended") in (held - 1, held)
+    assert process.watching.checkpoints
 
 
 def test_the_first_checkpoint_after_a_long_replay_has_time_to_end():
