@@ -104,6 +104,10 @@ class Witness(Protocol):
         """The chain went back from a generation, which was put aside."""
         ...
 
+    def goes_back(self, last_step: int, step: int, revision: int) -> None:
+        """The chain ends with ``last_step``, and had more; it goes on from ``step`` under this revision."""
+        ...
+
     def begins_anew(self, why: str, revision: int, moved_to: Sequence[str]) -> None:
         """A new generation 0 counts from here on, and the old ones were put aside."""
         ...
@@ -171,11 +175,15 @@ class _Laps:
 
 
 class _Found(NamedTuple):
-    """The newest generation to go on from, and the newer ones that are bad; or why there is none."""
+    """
+    The newest generation to go on from, and the newer ones that are bad; or why there is none. ``lost``: one of those
+    was made from more of the chain than there is.
+    """
 
     loaded: Loaded | None
     refused: Sequence[Refused] = ()
     refusal: StreamlstmError | None = None
+    lost: bool = False
 
 
 def resume(world: World, terms: Terms, witness: Witness) -> Ready:
@@ -186,8 +194,9 @@ def resume(world: World, terms: Terms, witness: Witness) -> Ready:
     2.  Find the newest generation that is whole, and check that its layout is ours and it is of this configuration.
     3.  Take over the transactional id: whoever published under it until now is fenced.
     4.  Read the progress chain to its end; nobody else can extend it any more. A generation that the chain does not
-        know is put aside, and the next older one taken. That there is none is refused, unless it is the doing of
-        another process in the same object store.
+        know is put aside, and the next older one taken. If it shows that the chain has lost its end, a branch from that
+        one says so first: what the lost transactions published is published again under the next revision. That there
+        is none is refused, unless it is the doing of another process in the same object store.
     5.  Check topic ids, partition count and retention.
     6.  On a first run, or while there is no step and the configuration changed: make generation 0 durable. Likewise
         where a refused start is to begin anew, which a branch then records, or to be rebuilt from the log.
@@ -215,9 +224,7 @@ def resume(world: World, terms: Terms, witness: Witness) -> Ready:
     world.publisher.begin_session()  # 3
     found, chain = _read_progress(world, terms, seen, found)  # 4
     if found.loaded is not None:
-        for unused in found.refused:
-            tell = witness.left_behind if unused.left else witness.found_bad
-            tell(unused, _put_aside(world, seen, chain, unused.step))
+        _leave_behind(world, terms, seen, found, chain, witness)
     began = laps.lap("progress", began)
 
     found = _check(world, terms, found, chain)  # 5
@@ -328,6 +335,7 @@ def _read_progress(world: World, terms: Terms, seen: Sequence[int], found: _Foun
         # What the newest generation stands on is gone, or left behind by a branch: an older one may need more of it.
         chain = read_chain(world.progress.read(), name)
     beyond: dict[int, Refused] = {}
+    lost = False
     while found.loaded is not None:
         generation = found.loaded.generation
         left = generation.provenance.revision < chain.revision
@@ -338,11 +346,13 @@ def _read_progress(world: World, terms: Terms, seen: Sequence[int], found: _Foun
             reason, left = str(error), False
         if reason is None:
             break
-        if world.repeat is not None and not left and generation.step > chain.last_step:
-            raise _journal_is_behind(world.store, chain, generation)
+        if not left and generation.step > chain.last_step:
+            if world.repeat is not None:
+                raise _journal_is_behind(world.store, chain, generation)
+            lost = True
         beyond[generation.step] = Refused(generation.step, reason, left)
         found = _find(world, terms, seen, beyond, chain)
-    return found, chain
+    return found._replace(lost=lost), chain
 
 
 def _check(world: World, terms: Terms, found: _Found, chain: Chain) -> _Found:
@@ -368,6 +378,11 @@ def _prepare(world: World, terms: Terms, found: _Found, chain: Chain, witness: W
     """The generation to go on from; with the digest of one that was made again from the log."""
     loaded = found.loaded
     if loaded is None and terms.rebuild and found.refusal is not None:
+        if found.lost:
+            raise ProgressError(
+                "the progress log has lost its end, so that what it published since would be published again under the "
+                "same revision; start anew with `run --fresh`"
+            )
         loaded = _rebuild(world, terms, chain, found.refusal)
         return loaded, loaded.generation.digest
     if loaded is None and chain.tip is not None:
@@ -529,6 +544,31 @@ def _prepare_first_step(world: World, terms: Terms, loaded: Loaded | None, chain
         excluded=chain.excluded or (),
     )
     return Loaded(world.store.write(state, provenance).generation, state)
+
+
+def _leave_behind(
+    world: World, terms: Terms, seen: Sequence[int], found: _Found, chain: Chain, witness: Witness
+) -> None:
+    """Put aside what is not gone on from; what shows that the chain has lost its end, not before that is recorded."""
+    assert found.loaded is not None
+    if found.lost:
+        _go_back(world, terms, found.loaded.generation, chain, witness)
+    for unused in found.refused:
+        tell = witness.left_behind if unused.left else witness.found_bad
+        tell(unused, _put_aside(world, seen, chain, unused.step))
+
+
+def _go_back(world: World, terms: Terms, generation: Generation, chain: Chain, witness: Witness) -> None:
+    """
+    Have the chain go on from the newest generation that stands on it, because transactions after it were lost.
+
+    What they published may be lost with them, or not: only another revision lets readers tell.
+    """
+    last_step, revision = chain.last_step, chain.revision + 1
+    excluded = generation.provenance.excluded if chain.excluded is None else chain.excluded
+    branch = describe_branch(chain, generation, terms.settings.name, world.new_id(), revision, excluded)
+    _append(world, terms, chain, branch, "")
+    witness.goes_back(last_step, generation.step, revision)
 
 
 def _begin_anew(world: World, terms: Terms, chain: Chain, witness: Witness, why: str) -> Loaded:

@@ -559,6 +559,16 @@ class Startup:
         """See :class:`~streamlstm.recovery.resume.Witness`."""
         self._log.info("a checkpoint that the chain went back from was put aside", step=refused.step, moved_to=moved_to)
 
+    def goes_back(self, last_step: int, step: int, revision: int) -> None:
+        """See :class:`~streamlstm.recovery.resume.Witness`."""
+        self._log.error(
+            "the progress log has lost its end; what was published after this checkpoint is published again under the "
+            "next revision",
+            last_step=last_step,
+            step=step,
+            revision=revision,
+        )
+
     def begins_anew(self, why: str, revision: int, moved_to: Sequence[str]) -> None:
         """See :class:`~streamlstm.recovery.resume.Witness`."""
         self._log.warning(

@@ -9,7 +9,18 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from fakes import PACE, SETTINGS, Broker, Crash, Fate, Process, TinyEncoder, digest_directory, make_settings, message
+from fakes import (
+    PACE,
+    SETTINGS,
+    Broker,
+    Crash,
+    Fate,
+    Process,
+    TinyEncoder,
+    digest_directory,
+    make_settings,
+    message,
+)
 
 from streamlstm.errors import (
     CheckpointError,
@@ -319,6 +330,80 @@ def test_a_generation_beyond_the_chain_is_put_aside(tmp_path):
     assert "not in the progress chain" in process.ready.refused[0].reason
     assert values(broker) == values(reference)
     assert engine.state().digests() == digests
+
+
+def chain_without_its_end(tmp_path: Path, keep: int = 99) -> tuple[Broker, Path, list[int]]:
+    """The progress log lost its newest records; what they published is there all the same, and the generations are."""
+    broker, state = filled(partitions=1, records=60), tmp_path / "state"
+    Process(broker, state, pace=KEEP_ALL, keep=keep).run()
+    kept = list(broker.progress)
+    fill(broker.inputs["in"], range(60, 120))
+    Process(broker, state, pace=KEEP_ALL, keep=keep).run()
+    steps = open_store(state).steps()
+    assert read_chain(kept, "n").last_step < steps[-1]
+    broker.progress = kept
+    return broker, state, steps
+
+
+def test_a_chain_that_lost_its_end_goes_on_under_another_revision(tmp_path):
+    reference, digests = without_a_crash(tmp_path, partitions=1, records=120)
+    broker, state, steps = chain_without_its_end(tmp_path)
+    published = len(broker.published)
+    last = read_chain(broker.progress, "n").last_step
+
+    process = Process(broker, state, pace=KEEP_ALL)
+    engine = process.run()
+
+    assert process.ready is not None
+    assert process.ready.revision == 1
+    assert process.ready.generation.step <= last
+    assert [r.step for r in process.ready.refused] == [step for step in reversed(steps) if step > last]
+    assert any("has lost its end" in event for event in process.journal.events("error"))
+    # What was published after the generation that counts is published again: as it was, and as another revision.
+    again = values(broker)[published:]
+    assert again == values(reference)[-len(again) :]
+    assert engine.state().digests() == digests
+    assert Process(broker, state, pace=KEEP_ALL).begin().revision == 1
+
+
+def test_a_start_that_finds_the_chains_end_lost_may_be_killed_anywhere(tmp_path):
+    for at in itertools.count():
+        where = tmp_path / str(at)
+        where.mkdir()
+        broker, state, steps = chain_without_its_end(where)
+        process = Process(broker, state, Fate(at), pace=KEEP_ALL)
+        try:
+            process.begin()
+            finished = True
+        except Crash:
+            finished = False
+        process.store.close()
+        if not finished:
+            process = Process(broker, state, pace=KEEP_ALL)
+            process.begin()
+            process.store.close()
+        assert process.ready is not None
+        assert process.ready.revision == 1, at
+        assert not set(process.store.steps()) & {step for step in steps if step > process.ready.generation.step}
+        shutil.rmtree(where)
+        if finished:
+            break
+    assert at > 10
+
+
+def test_a_lost_end_without_a_checkpoint_before_it_is_no_case_for_a_rebuild(tmp_path):
+    broker, state, _ = chain_without_its_end(tmp_path, keep=3)
+    with pytest.raises(CheckpointError, match="not in the progress chain"):
+        Process(broker, state, pace=KEEP_ALL).run()
+    with pytest.raises(ProgressError, match="published again under the same revision"):
+        Process(broker, state, pace=KEEP_ALL, rebuild=True).run()
+
+    process = Process(broker, state, pace=KEEP_ALL, fresh=True)
+    process.run()
+
+    assert process.ready is not None
+    assert process.ready.revision == 1
+    assert process.ready.generation.step == 0
 
 
 def test_a_torn_chain_is_refused(tmp_path):
