@@ -56,10 +56,21 @@ def revert(
         raise CheckpointError(refused)
     check_excluded(exclude, generation.provenance.positions, step)
     known = generation.provenance.excluded if chain.excluded is None else chain.excluded
-    revision = max(chain.revision, generation.provenance.revision) + 1
+    revision = next_revision(chain, store)
     branch = describe_branch(chain, generation, name, new_id(), revision, merge_ranges([*known, *exclude]))
     commit_record(publisher, progress, chain, branch, "")  # 6
     return Reverted(branch, chain.last_step)
+
+
+def next_revision(chain: Chain, store: CheckpointStore) -> int:
+    """Under which nothing was published yet: a chain that lost its end may have lost a branch, which a state shows."""
+    known = [chain.revision]
+    for step in filter(None, store.steps()):
+        try:
+            known.append(store.header(step).generation.provenance.revision)
+        except (CheckpointError, OSError):
+            continue
+    return max(known) + 1
 
 
 def describe_branch(

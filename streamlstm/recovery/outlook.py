@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from streamlstm.errors import CheckpointError, DataError, LogGap
 from streamlstm.records.batch import Range
-from streamlstm.recovery.branching import check_excluded
+from streamlstm.recovery.branching import check_excluded, next_revision
 from streamlstm.recovery.checkpoint import CheckpointStore
 from streamlstm.recovery.exclusions import merge_ranges
 from streamlstm.recovery.progress import Chain
@@ -63,7 +63,7 @@ def look_ahead(
     end = {place: max(at, chain.positions.get(place, at)) for place, at in start.items()}
     return Outlook(
         generation=generation,
-        revision=max(chain.revision, made.revision) + 1,
+        revision=next_revision(chain, store),
         last_step=chain.last_step,
         offsets=sum(end[place] - start[place] for place in start),
         excluded=excluded,

@@ -94,7 +94,7 @@ class Branch(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """
     From here the chain goes on after step ``after``, from the generation with the manifest digest ``generation``.
 
-    ``lineage`` is new and ``revision`` the next one: of two forecasts with the same coordinates the higher revision
+    ``lineage`` is new and ``revision`` a higher one: of two forecasts with the same coordinates the higher revision
     counts. ``positions`` are those of the generation, all of them. ``excluded`` are all ranges whose messages are
     passed over from here on, those of earlier branches included.
     """
@@ -339,7 +339,7 @@ def _admit_incarnation(chain: Chain, entry: ProgressEntry, record: Incarnation, 
 def _admit_branch(chain: Chain, entry: ProgressEntry, record: Branch, name: str) -> None:
     _check_name(entry, record, name)
     if chain.tip is not None and (
-        record.after > chain.last_step or record.revision != chain.revision + 1 or record.lineage in chain.lineages
+        record.after > chain.last_step or record.revision <= chain.revision or record.lineage in chain.lineages
     ):
         _refuse(entry, f"a branch after step {record.after} that does not follow from the chain before it")
     chain.lineage, chain.excluded, chain.writer = record.lineage, record.excluded, ""

@@ -20,7 +20,7 @@ from streamlstm.errors import (
     TopicChanged,
 )
 from streamlstm.records.batch import Cut, Messages, Range, RecordBatch
-from streamlstm.recovery.branching import commit_record, describe_branch
+from streamlstm.recovery.branching import commit_record, describe_branch, next_revision
 from streamlstm.recovery.checkpoint import CheckpointStore, Refused
 from streamlstm.recovery.fingerprint import Fingerprint, compare_fingerprints
 from streamlstm.recovery.generations import Loaded
@@ -346,13 +346,19 @@ def _read_progress(world: World, terms: Terms, seen: Sequence[int], found: _Foun
             reason, left = str(error), False
         if reason is None:
             break
-        if not left and generation.step > chain.last_step:
+        if not left and _shows_more(chain, generation):
             if world.repeat is not None:
                 raise _journal_is_behind(world.store, chain, generation)
             lost = True
         beyond[generation.step] = Refused(generation.step, reason, left)
         found = _find(world, terms, seen, beyond, chain)
     return found._replace(lost=lost), chain
+
+
+def _shows_more(chain: Chain, generation: Generation) -> bool:
+    """Whether a generation was made from more of the chain than there is: later steps, or behind a later branch."""
+    later = generation.step > 0 and generation.provenance.revision > chain.revision
+    return later or generation.step > chain.last_step
 
 
 def _check(world: World, terms: Terms, found: _Found, chain: Chain) -> _Found:
@@ -564,7 +570,7 @@ def _go_back(world: World, terms: Terms, generation: Generation, chain: Chain, w
 
     What they published may be lost with them, or not: only another revision lets readers tell.
     """
-    last_step, revision = chain.last_step, chain.revision + 1
+    last_step, revision = chain.last_step, next_revision(chain, world.store)
     excluded = generation.provenance.excluded if chain.excluded is None else chain.excluded
     branch = describe_branch(chain, generation, terms.settings.name, world.new_id(), revision, excluded)
     _append(world, terms, chain, branch, "")
@@ -589,7 +595,7 @@ def _begin_anew(world: World, terms: Terms, chain: Chain, witness: Witness, why:
         settings=terms.settings,
         fingerprint=terms.fingerprint,
         created_ms=int(world.wall_s() * 1000),
-        revision=chain.revision + 1,
+        revision=next_revision(chain, world.store),
         excluded=tuple(r for r in excluded if then.get(r.topic) == topic_ids.get(r.topic)),
     )
     state = world.maker.create(terms.settings.learning).state()

@@ -245,7 +245,7 @@ def test_a_branch_from_a_new_generation_0_begins_the_steps_anew(written):
 
 
 @pytest.mark.parametrize(
-    "changes", [{"after": 5}, {"revision": 2}, {"revision": 0}, {"lineage": "L"}, {"name": "other"}, {"prev": "x"}]
+    "changes", [{"after": 5}, {"revision": -1}, {"revision": 0}, {"lineage": "L"}, {"name": "other"}, {"prev": "x"}]
 )
 def test_a_branch_that_does_not_follow_is_refused(written, changes):
     branch(written, **{"after": 2, **{k: v for k, v in changes.items() if k == "after"}}, positions=(3, 2),
@@ -253,6 +253,13 @@ def test_a_branch_that_does_not_follow_is_refused(written, changes):
 
     with pytest.raises(ProgressError):
         read_chain(written.entries, "n")
+
+
+def test_a_branch_may_leave_revisions_out_that_the_chain_has_lost(written):
+    branch(written, 2, (3, 2), revision=4)
+    written.incarnation("c", lineage="M", revision=4)
+
+    assert read_chain(written.entries, "n").revision == 4
 
 
 @pytest.mark.parametrize("lineage", ["L", "M"])

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from fakes import PACE, Broker, Crash, Fate, Process, TinyEncoder, TinyEngine, decode, digest_directory, message
 
-from streamlstm.errors import CheckpointError, DataError, Superseded
+from streamlstm.errors import CheckpointError, DataError, ProgressError, Superseded
 from streamlstm.records.batch import Range
 from streamlstm.recovery.branching import Reverted, revert
 from streamlstm.recovery.checkpoint import CheckpointStore, open_store
@@ -169,6 +169,58 @@ def test_one_may_go_back_again_and_earlier_exclusions_stay(tmp_path):
     assert done.branch.revision == 2
     assert done.branch.excluded == (Range("in", 0, at + 3, at + 9), Range("in", 0, 80, 82))
     assert offsets(published(broker)[before:]) == [*range(at, at + 3), *range(at + 9, 80), *range(82, 90)]
+
+
+def without_its_last_branch(tmp_path: Path, *, trimmed: bool) -> tuple[Broker, Path]:
+    """Gone back twice, forecast under revision 2; then the progress log loses its end, the second branch included."""
+    broker, state = ran(tmp_path)
+    steps = open_store(state).steps()
+    go_back(broker, state, steps[-2])
+    Process(broker, state, pace=KEEP_ALL, keep=9).run()
+    kept = list(broker.progress)
+    go_back(broker, state, steps[-2])
+    broker.inputs["in"][0] += [message("s0", float(i)) for i in range(30)]
+    Process(broker, state, pace=KEEP_ALL, keep=9).run()
+    store = open_store(state)
+    if trimmed:
+        link = store.verify(steps[-3]).provenance.progress
+        assert link is not None
+        kept = [entry for entry in kept if entry.offset >= link.offset]
+        for step in [step for step in store.steps() if step < steps[-3]]:
+            shutil.rmtree(state / f"{step:020d}")
+    assert store.verify(store.steps()[-1]).provenance.revision == 2
+    broker.progress = kept
+    assert read_chain(kept, "n").revision == 1
+    return broker, state
+
+
+def test_a_chain_that_lost_its_last_branch_gives_no_revision_twice(tmp_path):
+    broker, state = without_its_last_branch(tmp_path, trimmed=True)
+
+    process = Process(broker, state, pace=KEEP_ALL)
+    process.run()
+
+    assert process.ready is not None
+    assert process.ready.revision == 3
+    assert Process(broker, state, pace=KEEP_ALL).begin().revision == 3
+
+
+def test_going_back_on_a_chain_that_lost_its_last_branch_gives_no_revision_twice(tmp_path):
+    broker, state = without_its_last_branch(tmp_path, trimmed=False)
+    with pytest.raises(ProgressError, match="brought back from elsewhere"):
+        Process(broker, state, pace=KEEP_ALL).run()
+    step = next(step for step in open_store(state).steps() if step)
+    outlook = look_ahead(open_store(state), read_chain(broker.progress, "n"), [], step, [])
+
+    done = go_back(broker, state, step)
+
+    assert done.branch.revision == outlook.revision == 3
+    with pytest.raises(ProgressError, match="brought back from elsewhere"):
+        Process(broker, state, pace=KEEP_ALL).run()
+    for other in open_store(state).steps():
+        if open_store(state).verify(other).provenance.revision == 2:
+            shutil.rmtree(state / f"{other:020d}")
+    assert Process(broker, state, pace=KEEP_ALL).begin().revision == 3
 
 
 @pytest.mark.parametrize(
