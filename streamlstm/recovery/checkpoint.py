@@ -304,6 +304,8 @@ class CheckpointStore:
         clock is asked; each stamp is read once in a process's life.
         """
         steps = self.steps()
+        for gone in self._told.keys() - set(steps):
+            self._forget(gone)
         kept = set(steps[-keep.last :])
         days: set[int] = set()
         for step in reversed(steps) if keep.daily else ():

@@ -208,6 +208,9 @@ class ObjectPrefix:
         bad = _BAD.fullmatch(name)
         self._delete(name if bad else f"{name}/{MANIFEST}")
         self._collect(int(bad[1] if bad else name), self._list())
+        if not bad:
+            for told in (self._known, self._seen):
+                told.pop(int(name), None)
 
     def remember(self, step: int, manifest: bytes) -> None:
         """Of a manifest that this process has read or written, and so may replace."""

@@ -20,7 +20,7 @@ from streamlstm.errors import CheckpointError, CheckpointNotWritten, ConfigError
 from streamlstm.records.batch import SeriesId
 from streamlstm.recovery.background import BackgroundWriter, Failed
 from streamlstm.recovery.branching import revert
-from streamlstm.recovery.checkpoint import CheckpointStore, Keep
+from streamlstm.recovery.checkpoint import CheckpointStore, Keep, open_store
 from streamlstm.recovery.progress import Link, decode_record
 from streamlstm.recovery.provenance import Provenance, Settings
 from streamlstm.transport.interfaces import Position
@@ -286,6 +286,20 @@ def test_the_oldest_leave_first_with_all_their_objects():
 
     assert object_store(objects).steps() == [2, 3]
     assert not [name for name in objects if "/00000000000000000001" in name]
+
+
+@pytest.mark.parametrize("kind", ["directory", "objects"])
+def test_what_is_known_of_generations_does_not_outgrow_them(tmp_path, kind):
+    store = (open_store(tmp_path / "state") if kind == "directory" else object_store({})).open()
+    sizes: list[int] = []
+    for step in range(1, 31):
+        write(store, step)
+        assert store.prune(Keep(2)) == ""
+        held = [*vars(store).values(), *vars(store._place).values()]
+        sizes.append(sum(len(known) for known in held if isinstance(known, dict | set)))
+
+    assert len(set(sizes[5:])) == 1
+    assert store.steps() == [29, 30]
 
 
 def test_a_store_that_does_not_answer_condemns_no_generation():
