@@ -1,29 +1,21 @@
 """
-The files of a generation, made in one thread, hashed in another and written in a third: none of them waits long.
+The files of a generation, made in one thread, and hashed and written in another: neither processor nor disk waits.
 
-Who writes stays in its own thread and does every file operation there, one after the other. What is made runs ahead of
-it by no more than a block that waits and one that is not yet whole; a block is eight megabytes or one large piece.
+Who writes stays in its own thread and does every file operation there, one after the other; what is made runs at most
+four blocks ahead of it, each of which may hold on to the file it is part of.
 """
 
 import hashlib
 import queue
 import threading
 from collections.abc import Callable, Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import NamedTuple, Self
+from typing import Self
 
 from streamlstm.recovery.manifest import Listed
 from streamlstm.recovery.snapshot import Sink
 
 _BLOCK = 8 << 20
-_BLOCKS_AHEAD = 2
-
-
-class _Block(NamedTuple):
-    """Bytes of a file, and when they have been hashed."""
-
-    data: memoryview
-    hashed: Future[None]
+_BLOCKS_AHEAD = 4
 
 
 class _Abandoned(Exception):
@@ -39,7 +31,7 @@ class Encoder:
 
     def __init__(self, files: Iterable[Callable[[Sink], object]]) -> None:
         self._files = files
-        self._made: queue.Queue[_Block | Future[str] | BaseException] = queue.Queue(_BLOCKS_AHEAD)
+        self._made: queue.Queue[memoryview | BaseException | None] = queue.Queue(_BLOCKS_AHEAD)
         self._abandoned = False
         self._thread = threading.Thread(target=self._make, name="checkpoint-encode", daemon=True)
 
@@ -57,29 +49,27 @@ class Encoder:
 
     def copy_next(self, write: Callable[[memoryview], object]) -> Listed:
         """Give the bytes of the next file to ``write``; what they were. What making it raised is raised here."""
-        size = 0
-        while isinstance(made := self._made.get(), _Block):
-            write(made.data)
-            made.hashed.result()
-            size += made.data.nbytes
-        if isinstance(made, BaseException):
-            raise made
-        return Listed(size, made.result())
+        sha, size = hashlib.sha256(), 0
+        while (made := self._made.get()) is not None:
+            if isinstance(made, BaseException):
+                raise made
+            sha.update(made)
+            size += made.nbytes
+            write(made)
+        return Listed(size, sha.hexdigest())
 
     def _make(self) -> None:
         try:
-            with ThreadPoolExecutor(1, "checkpoint-hash") as hasher:
-                for put in self._files:
-                    sha = hashlib.sha256()
-                    sink = _Blocks(lambda data, sha=sha: self._hand_over(_Block(data, hasher.submit(sha.update, data))))
-                    put(sink)
-                    sink.flush()
-                    self._hand_over(hasher.submit(sha.hexdigest))
+            for put in self._files:
+                sink = _Blocks(self._hand_over)
+                put(sink)
+                sink.flush()
+                self._hand_over(None)
         except BaseException as error:  # noqa: BLE001, because who writes must hear of it, whatever it is
             if not self._abandoned:
                 self._made.put(error)
 
-    def _hand_over(self, made: _Block | Future[str]) -> None:
+    def _hand_over(self, made: memoryview | None) -> None:
         if self._abandoned:
             raise _Abandoned
         self._made.put(made)
