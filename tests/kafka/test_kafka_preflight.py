@@ -186,6 +186,23 @@ def test_what_is_no_broker_at_all() -> None:
     assert "no Kafka broker" in str(error)
 
 
+def test_a_bad_certificate_where_we_have_none_is_a_missing_one() -> None:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        sock.listen()
+
+        def serve() -> None:
+            connection, _ = sock.accept()
+            with connection:
+                connection.recv(4096)
+                connection.sendall(bytes([21, 3, 3, 0, 2, 2, 42]))  # a fatal alert, bad_certificate
+
+        threading.Thread(target=serve, daemon=True).start()
+        error = refused(address(sock), {"protocol": "SSL"}, budget_s=2.0)
+    assert isinstance(error, NotAuthorised)
+    assert "the broker wants a client certificate: set cert_file and key_file" in str(error)
+
+
 def test_one_server_that_answers_is_enough_and_the_others_are_told(cluster: Cluster, closed_port: str) -> None:
     (warning,) = preflight(Source(bootstrap_servers=[closed_port, *cluster.bootstrap]))
     assert closed_port in warning

@@ -214,7 +214,8 @@ def _secure(attempt: _Attempt, sock: socket.socket, host: str) -> socket.socket:
 def _refused_certificate(security: Security, error: Exception) -> NotAuthorised | None:
     """What is wrong with our certificate, if it is that."""
     reason = (error.reason if isinstance(error, ssl.SSLError) else None) or ""
-    if "CERTIFICATE_REQUIRED" in reason:
+    # Java says of a certificate that did not come that it is bad.
+    if "CERTIFICATE_REQUIRED" in reason or (reason in _OUR_CERTIFICATE and not security.cert_file):
         return NotAuthorised("the broker wants a client certificate: set cert_file and key_file")
     if reason in _OUR_CERTIFICATE:
         return NotAuthorised(f"the broker refuses the certificate {security.cert_file}: {_OUR_CERTIFICATE[reason]}")
