@@ -185,10 +185,11 @@ class Chain:
     """
     The chain as far as it was read, verified: what counts at its end.
 
-    ``first`` and ``tip`` are its oldest and newest record; ``trimmed`` says that others came before. ``last_step`` is
-    0 while there is none. ``positions`` is where the next cut must start, by (topic, partition): all of them when an
-    origin or a branch was read, else those seen. ``ends`` is the last step up to each record, by its digest, of those
-    that a state may stand on: what a branch or a gap left behind is not among them, nor among ``steps``.
+    ``first`` and ``tip`` are its oldest and newest record; ``trimmed`` says that others came before. ``last_step`` is 0
+    while there is none, and ``reached`` the highest that ever was. ``positions`` is where the next cut must start, by
+    (topic, partition): all of them when an origin or a branch was read, else those seen. ``ends`` is the last step up
+    to each record, by its digest, of those that a state may stand on: what a branch or a gap left behind is not among
+    them, nor among ``steps``.
 
     ``lineage`` and ``revision`` are the newest, ``lineages`` all that were met. ``excluded`` are the newest branch's
     ranges, ``None`` where no branch was read. ``origin`` is what the first of ``steps`` started from, if it was read;
@@ -203,6 +204,7 @@ class Chain:
     tip: Link | None = None
     trimmed: bool = False
     last_step: int = 0
+    reached: int = 0
     newest: int = 0
     steps: list[RecordedStep] = field(default_factory=list[RecordedStep])
     ends: dict[str, int] = field(default_factory=dict[str, int])
@@ -258,6 +260,7 @@ class Chain:
         self.revision = record.revision
         self.first = self.first or link
         self.tip = link
+        self.reached = max(self.reached, self.last_step)
         self.ends[link.digest] = self.last_step
 
     def to_replay(self, step: int) -> list[RecordedStep]:

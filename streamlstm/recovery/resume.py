@@ -5,7 +5,7 @@ The order is a law, and is numbered in :func:`resume`. Each part may be cut by a
 same again and ends in the same state.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple, Protocol
 
@@ -318,7 +318,7 @@ def _read_progress(world: World, terms: Terms, seen: Sequence[int], found: _Foun
     if found.loaded is None:
         chain = read_chain(world.progress.read(), name)
         if chain.tip is None or found.refusal is not None:
-            return found, chain
+            return found._replace(lost=_were_more(chain, seen)), chain
         aside = f" ({', '.join(world.store.bad())} were put aside)" if world.store.bad() else ""
         told = (
             f"the progress log holds {chain.last_step} steps of {name!r}, but {world.store.name} has no "
@@ -347,11 +347,12 @@ def _read_progress(world: World, terms: Terms, seen: Sequence[int], found: _Foun
         if reason is None:
             break
         if not left and _shows_more(chain, generation):
-            if world.repeat is not None:
-                raise _journal_is_behind(world.store, chain, generation)
-            lost = True
+            lost = _go_on_without(world, chain, generation.step)
         beyond[generation.step] = Refused(generation.step, reason, left)
         found = _find(world, terms, seen, beyond, chain)
+    damaged = {bad.step for bad in found.refused} - beyond.keys()
+    if not lost and _were_more(chain, damaged):
+        lost = _go_on_without(world, chain, max(damaged))
     return found._replace(lost=lost), chain
 
 
@@ -359,6 +360,22 @@ def _shows_more(chain: Chain, generation: Generation) -> bool:
     """Whether a generation was made from more of the chain than there is: later steps, or behind a later branch."""
     later = generation.step > 0 and generation.provenance.revision > chain.revision
     return later or generation.step > chain.last_step
+
+
+def _go_on_without(world: World, chain: Chain, step: int) -> bool:
+    """Always: the chain has lost its end, as the generation of this step shows. Without transactions it is refused."""
+    if world.repeat is not None:
+        raise _journal_is_behind(world.store, chain, step)
+    return True
+
+
+def _were_more(chain: Chain, steps: Collection[int]) -> bool:
+    """
+    Whether a generation of one of these steps, which may be damaged, was made from later steps than the chain ever had.
+
+    Right behind a branch that is of no matter: nothing was published since.
+    """
+    return chain.writer != "" and max(steps, default=0) > chain.reached
 
 
 def _check(world: World, terms: Terms, found: _Found, chain: Chain) -> _Found:
@@ -427,7 +444,7 @@ def _starts_elsewhere(generation: Generation, settings: Settings) -> bool:
     return not {"source.start", "source.topics"}.isdisjoint(keys)
 
 
-def _journal_is_behind(store: CheckpointStore, chain: Chain, generation: Generation) -> ProgressError:
+def _journal_is_behind(store: CheckpointStore, chain: Chain, step: int) -> ProgressError:
     """
     A checkpoint proves that the journal held more, and all of that is out. Going on behind it would publish it again
     with input cut otherwise, under a revision that has it already.
@@ -435,7 +452,7 @@ def _journal_is_behind(store: CheckpointStore, chain: Chain, generation: Generat
     last = max(steps_on(chain, store), default=None)
     revert = f", or go on from what is left by `checkpoint revert {last}`: readers can tell" if last is not None else ""
     return ProgressError(
-        f"the journal ends with step {chain.last_step}, but the checkpoint of step {generation.step} was made from "
+        f"the journal ends with step {chain.last_step}, but the checkpoint of step {step} was made from "
         f"more of it, which was published and is gone: bring journal and checkpoints of one copy back{revert}"
     )
 

@@ -366,6 +366,21 @@ def test_a_chain_that_lost_its_end_goes_on_under_another_revision(tmp_path):
     assert Process(broker, state, pace=KEEP_ALL).begin().revision == 1
 
 
+def test_a_damaged_checkpoint_shows_a_lost_end_too(tmp_path):
+    broker, state, steps = chain_without_its_end(tmp_path)
+    last = read_chain(broker.progress, "n").last_step
+    for step in steps:
+        if step > last:
+            (state / f"{step:020d}" / "MANIFEST.json").write_bytes(b"")
+
+    process = Process(broker, state, pace=KEEP_ALL)
+    process.run()
+
+    assert process.ready is not None
+    assert process.ready.revision == 1
+    assert Process(broker, state, pace=KEEP_ALL).begin().revision == 1
+
+
 def test_a_start_that_finds_the_chains_end_lost_may_be_killed_anywhere(tmp_path):
     for at in itertools.count():
         where = tmp_path / str(at)
