@@ -34,6 +34,20 @@ def test_every_byte_arrives_in_order_and_is_told(monkeypatch):
     assert got == [data * 2 for data in wanted]
 
 
+@pytest.mark.parametrize("ahead", [False, True])
+def test_a_file_is_hashed_once_whoever_does_it(ahead):
+    handed = []
+    blocks = encoding._Blocks(handed.append, lambda: ahead)
+    for data in (b"a" * 100, b"b" * encoding._BLOCK, b"c"):
+        blocks.write(data)
+    sha = blocks.end()
+    for block in handed:
+        assert (block.sha is None) == ahead
+        if block.sha is not None:
+            block.sha.update(block.data)
+    assert sha.hexdigest() == hashlib.sha256(b"".join(block.data for block in handed)).hexdigest()
+
+
 def test_what_making_a_file_raises_is_raised_where_it_is_written():
     def broken(sink):
         sink.write(b"x" * encoding._BLOCK)
