@@ -123,7 +123,7 @@ class Deployment:
             else:
                 opened.close()
         self.deadline.close()
-        assert self.expired == []
+        assert not self.expired, self.expired
 
     def _opened(self, it: Any) -> Any:
         self._open.append(it)
