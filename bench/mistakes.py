@@ -211,8 +211,9 @@ MISTAKES = (
         (
             Edit(
                 "streamlstm/recovery/resume.py",
-                "    excluded = generation.provenance.excluded if chain.excluded is None else chain.excluded\n",
-                "    excluded = chain.excluded or ()\n",
+                "    excluded = generation.provenance.excluded if chain.excluded is None else chain.excluded\n"
+                "    pending =",
+                "    excluded = chain.excluded or ()\n    pending =",
             ),
         ),
         (TWIST.format("branches"),),
