@@ -7,6 +7,8 @@ from broker import wait_until
 from deployment import Deployment, outputs
 
 from streamlstm.transport.interfaces import ProgressEntry
+from streamlstm.transport.kafka import progress
+from streamlstm.transport.kafka.clients import Consumer
 
 
 def test_an_empty_log_is_empty(deployment: Deployment) -> None:
@@ -47,6 +49,29 @@ def test_trimming_forgets_what_is_older(deployment: Deployment) -> None:
     log.trim(offsets[2])
     assert [e.value for e in log.read()] == [b"2", b"3"]
     assert [e.value for e in log.read(offsets[3])] == [b"3"]
+
+
+def test_what_is_trimmed_while_it_is_read_is_not_there(deployment: Deployment, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the service, while a replay reads beside it: between the question where the log begins and the first fetch."""
+    publisher = deployment.publisher()
+    publisher.begin_session()
+    offsets = [publisher.commit(outputs(b"%d" % i)) for i in range(4)]
+    log, opened = deployment.progress(), progress.open_consumer
+
+    def slow(*args: object, **settings: object) -> Consumer:
+        consumer = opened(*args, **settings)
+        seek = consumer.seek
+
+        def trimmed_first(*where: object) -> None:
+            log.trim(offsets[2])
+            seek(*where)
+
+        consumer.seek = trimmed_first
+        return consumer
+
+    monkeypatch.setattr(progress, "open_consumer", slow)
+    assert [e.value for e in log.read()] == [b"2", b"3"]
+    assert [e.value for e in log.read(offsets[1])] == [b"2", b"3"]
 
 
 def test_a_trim_that_is_refused_is_told_once_and_raises_nothing(

@@ -65,8 +65,11 @@ class KafkaProgressLog:
     def _read(self, consumer: Consumer, start: int) -> list[ProgressEntry]:
         tp, timeout_ms = self._tp, int(1000 * self._deadline.limit_s)
         consumer.assign([tp])
-        oldest: int = consumer.beginning_offsets([tp], timeout_ms=timeout_ms)[tp]
-        position = max(start, oldest)
+
+        def oldest() -> int:
+            return consumer.beginning_offsets([tp], timeout_ms=timeout_ms)[tp]
+
+        position = max(start, oldest())
         consumer.seek(tp, position)
         entries: list[ProgressEntry] = []
         end: int | None = None
@@ -74,9 +77,15 @@ class KafkaProgressLog:
             try:
                 polled = consumer.poll(timeout_ms=_WAIT_MS, max_records=1000)
             except kafka_errors.OffsetOutOfRangeError:
-                if consumer.beginning_offsets([tp], timeout_ms=timeout_ms)[tp] < start:
+                front = oldest()
+                if front < start:
                     return []  # The log ends before: it was made anew, or cut back.
-                raise
+                if front <= position:
+                    raise
+                # A service that runs beside us has trimmed what was to be read.
+                entries, position = [], front
+                consumer.seek(tp, position)
+                continue
             for record in polled.get(tp, ()):
                 if record.value is None:
                     raise ProgressError(f"{tp.topic}: the record at offset {record.offset} is empty: not one of ours")
