@@ -175,10 +175,14 @@ class _DiesBeforeCommit:
         self._producer_.commit_transaction()
 
 
+def transactional_id(deployment: Deployment) -> str:
+    return str(transaction_settings(deployment.config)["transactional_id"])
+
+
 def coordinator(deployment: Deployment) -> int:
     """The broker that coordinates its transactions: it leads the partition that Java's hash of their name gives."""
     hashed = 0
-    for character in str(transaction_settings(deployment.config)["transactional_id"]):
+    for character in transactional_id(deployment):
         hashed = (31 * hashed + ord(character)) & 0xFFFFFFFF
     with deployment.admin() as admin:
         partitions = admin.describe_topics(["__transaction_state"])[0]["partitions"]
@@ -242,7 +246,10 @@ class TestLostTransaction:
         self, degraded: Deployment, three_brokers: Cluster
     ) -> None:
         producer = degraded.producer(
-            transactional_id="naive", request_timeout_ms=3000, delivery_timeout_ms=6000, max_block_ms=10_000
+            transactional_id=transactional_id(degraded),
+            request_timeout_ms=3000,
+            delivery_timeout_ms=6000,
+            max_block_ms=10_000,
         )
         producer.init_transactions()
         three_brokers.do("kill", broker=2)
