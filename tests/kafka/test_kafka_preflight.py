@@ -5,6 +5,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,23 @@ def silent_port() -> Generator[str, None, None]:
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         sock.listen()
+        yield address(sock)
+
+
+@contextmanager
+def answering(reply: bytes) -> Generator[str]:
+    """A server that says one thing, whatever it hears."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        sock.listen()
+
+        def serve() -> None:
+            connection, _ = sock.accept()
+            with connection:
+                connection.recv(4096)
+                connection.sendall(reply)
+
+        threading.Thread(target=serve, daemon=True).start()
         yield address(sock)
 
 
@@ -170,35 +188,15 @@ def test_a_mechanism_the_broker_has_not(listener: Secure, sasl_ssl: dict[str, An
 
 
 def test_what_is_no_broker_at_all() -> None:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        sock.listen()
-
-        def serve() -> None:
-            connection, _ = sock.accept()
-            with connection:
-                connection.recv(100)
-                connection.sendall(b"HTTP/1.0 400 Bad Request\r\n\r\n")
-
-        threading.Thread(target=serve, daemon=True).start()
-        error = refused(address(sock), budget_s=2.0)
+    with answering(b"HTTP/1.0 400 Bad Request\r\n\r\n") as server:
+        error = refused(server, budget_s=2.0)
     assert isinstance(error, Unavailable)
     assert "no Kafka broker" in str(error)
 
 
 def test_a_bad_certificate_where_we_have_none_is_a_missing_one() -> None:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        sock.listen()
-
-        def serve() -> None:
-            connection, _ = sock.accept()
-            with connection:
-                connection.recv(4096)
-                connection.sendall(bytes([21, 3, 3, 0, 2, 2, 42]))  # a fatal alert, bad_certificate
-
-        threading.Thread(target=serve, daemon=True).start()
-        error = refused(address(sock), {"protocol": "SSL"}, budget_s=2.0)
+    with answering(bytes([21, 3, 3, 0, 2, 2, 42])) as server:  # a fatal alert, bad_certificate
+        error = refused(server, {"protocol": "SSL"}, budget_s=2.0)
     assert isinstance(error, NotAuthorised)
     assert "the broker wants a client certificate: set cert_file and key_file" in str(error)
 

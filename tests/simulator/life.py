@@ -8,9 +8,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
-from fakes import SETTINGS, Crash, Encode, Process, TinyEncoder, TinyEngine, decode
+from fakes import SETTINGS, Crash, Encode, Process, TinyEncoder, TinyEngine, decode, decode_in_time
 from streams import small_config
 
 from simulator.bucket import Bucket
@@ -122,13 +121,9 @@ def _real(config: Config) -> Mind:
         source = told["source"]
         return (source["topic"], source["partition"], source["offset"]), told["model"]["revision"]
 
-    return Mind(maker, timed, lambda revision: ForecastEncoder("0" * 64, config.model.horizons, revision), read)
-
-
-def timed(messages: Messages) -> RecordBatch:
-    """As the tiny engine's, ten seconds apart by offset."""
-    batch = decode(messages)
-    return replace(batch, time_ns=batch.offset * np.int64(10 * SECOND_NS))
+    return Mind(
+        maker, decode_in_time, lambda revision: ForecastEncoder("0" * 64, config.model.horizons, revision), read
+    )
 
 
 CONFIG = Config.model_validate({

@@ -7,17 +7,14 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import streams
-import torch
-from fakes import PACE, Broker, Crash, Fate, Process, decode, message
+from fakes import PACE, Broker, Crash, Fate, Process, decode_in_time, message
 
 from streamlstm.cli.engines import engine_maker
 from streamlstm.config.keys import config_hash, identity_values, learning_values
 from streamlstm.config.model import Config
 from streamlstm.learning.tbptt import KEEP_EVERY
-from streamlstm.records.batch import Messages, RecordBatch
 from streamlstm.recovery.provenance import Settings
 
 WELL = 90
@@ -40,25 +37,12 @@ GOOD, BAD = learning_at(1e-2), learning_at(1e30)
 """The rate may be changed where a process stopped cleanly; after one such update no loss is finite any more."""
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-def timed(messages: Messages) -> RecordBatch:
-    batch = decode(messages)
-    return replace(batch, time_ns=batch.offset * np.int64(10 * streams.SECOND))
-
-
 def life(config: Config, broker: Broker, state: Path, fate: Fate | None = None) -> Process:
     """Small steps, and a checkpoint every few: between the skipped updates of one row too."""
     settings = Settings("n", config_hash(config), identity_values(config), learning_values(config))
     pace = replace(PACE, trim=False, checkpoint_every_records=3)
     process = Process(broker, state, fate, settings=settings, pace=pace, keep=3, sizes=(1, 2))
-    process.world = replace(process.world, decode=timed, maker=engine_maker(config, "cpu"))
+    process.world = replace(process.world, decode=decode_in_time, maker=engine_maker(config, "cpu"))
     return process
 
 

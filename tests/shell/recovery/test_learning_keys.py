@@ -5,17 +5,14 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import streams
-import torch
-from fakes import PACE, Broker, Crash, Fate, Process, decode, message
+from fakes import PACE, Broker, Crash, Fate, Process, decode_in_time, message
 
 from streamlstm.cli.engines import engine_maker
 from streamlstm.config.keys import config_hash, identity_values, learning_values, with_learning
 from streamlstm.config.model import Config
 from streamlstm.errors import ConfigError
-from streamlstm.records.batch import Messages, RecordBatch
 from streamlstm.recovery.checkpoint import open_store
 from streamlstm.recovery.provenance import Settings
 
@@ -34,24 +31,11 @@ CHANGES = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-def timed(messages: Messages) -> RecordBatch:
-    batch = decode(messages)
-    return replace(batch, time_ns=batch.offset * np.int64(10 * streams.SECOND))
-
-
 def process(config: Config, broker: Broker, state: Path, fate: Fate | None = None) -> Process:
     values = identity_values(config), learning_values(config)
     settings = Settings("n", config_hash(config), *values)
     life = Process(broker, state, fate, settings=settings, pace=KEEP_ALL, keep=9)
-    life.world = replace(life.world, decode=timed, maker=engine_maker(config, "cpu"))
+    life.world = replace(life.world, decode=decode_in_time, maker=engine_maker(config, "cpu"))
     return life
 
 

@@ -4,12 +4,9 @@ import http.client
 import select
 import socket
 import threading
-from collections.abc import Generator
 from contextlib import ExitStack
 
-import pytest
 import streams
-import torch
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse
 
 from streamlstm.engine.core import Engine
@@ -22,14 +19,6 @@ from streamlstm.transport.interfaces import Position
 
 IDLE, SCRAPERS, SCRAPES, STEPS, CONNECTIONS = 300, 10, 10, 60, 64
 CONFIG = streams.small_config(series={"max_series": 1000})
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Generator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def work() -> list[RecordBatch]:
