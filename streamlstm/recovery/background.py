@@ -67,6 +67,9 @@ def in_a_thread(work: Callable[[], None]) -> None:
             # Of this thread, and of those that it starts. Where it is forbidden, the loop waits a little more.
             with suppress(OSError):
                 os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), os.getpriority(os.PRIO_PROCESS, 0) + _NICE)
+            # One processor is left to the loop: on two of them, being nicer is not enough against two threads.
+            with suppress(OSError):
+                os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[1:])
         work()
 
     threading.Thread(target=politely, name="checkpoint", daemon=True).start()

@@ -11,6 +11,7 @@ import errno
 import time
 import weakref
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Self
@@ -34,7 +35,7 @@ from streamlstm.recovery.generations import (
 from streamlstm.recovery.leavers import Base, LeaversPlan
 from streamlstm.recovery.manifest import LAYOUT, Layout, Listed, NewerSchema, digest_manifest, reseal, seal
 from streamlstm.recovery.objects import ObjectPrefix, connect
-from streamlstm.recovery.place import CHECKPOINT_URL, Attempt, Place, name_of, step_of_bad
+from streamlstm.recovery.place import CHECKPOINT_URL, Attempt, Draft, Place, name_of, step_of_bad
 from streamlstm.recovery.progress import Link
 from streamlstm.recovery.provenance import Generation, Provenance
 from streamlstm.recovery.scratch import Scratch, ScratchView
@@ -376,10 +377,15 @@ class CheckpointStore:
         base = self._base(state.stored)
         leavers = LeaversPlan(state, Base(base.meta.step, base.manifest.attempt, base.files_left) if base else None)
         files = files_of(state, provenance, beside, leavers, last=last)
-        with Encoder(files.values()) as made:
+        # Each is synced when the next one is written: the disk is at work meanwhile, and nobody waits for it.
+        unsynced: list[Draft] = []
+        with Encoder(files.values()) as made, ExitStack() as drafts:
             for name in files:
-                spent, listed[name] = _write_file(attempt, name, made)
-                fsync_s += spent
+                unsynced.append(drafts.enter_context(attempt.create(name)))
+                listed[name] = made.copy_next(unsynced[-1].write)
+                if len(unsynced) > 1:
+                    fsync_s += _sync(unsynced.pop(0))
+            fsync_s += sum(map(_sync, unsynced))
         for file in leavers.linked:
             assert base is not None
             attempt.link(base.meta.step, base.manifest.attempt, file.name)
@@ -423,10 +429,8 @@ class CheckpointStore:
         return None
 
 
-def _write_file(attempt: Attempt, name: str, made: Encoder) -> tuple[float, Listed]:
-    """Seconds spent in fsync, and what the file is."""
-    with attempt.create(name) as draft:
-        listed = made.copy_next(draft.write)
-        began = time.perf_counter()
-        draft.sync()
-        return time.perf_counter() - began, listed
+def _sync(draft: Draft) -> float:
+    """Seconds spent."""
+    began = time.perf_counter()
+    draft.sync()
+    return time.perf_counter() - began

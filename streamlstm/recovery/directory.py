@@ -245,10 +245,12 @@ class DiskDraft:
     def write(self, data: bytes | memoryview, /) -> None:
         """See :class:`~streamlstm.recovery.place.Draft`."""
         self._disk.write(self._file, data)
+        self._disk.hasten(self._file, self._file.tell() - len(data), len(data))
 
     def sync(self) -> None:
         """See :class:`~streamlstm.recovery.place.Draft`."""
         self._disk.sync(self._file)
+        self._file.close()
 
 
 class DirectoryFiles:

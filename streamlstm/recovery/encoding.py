@@ -2,8 +2,8 @@
 The files of a generation, made in one thread and written in another: neither processor nor disk waits.
 
 Who writes stays in its own thread and does every file operation there, one after the other; what is made runs at most
-four blocks ahead of it, each of which may hold on to the file it is part of. A file is hashed by who has less to do:
-who makes it where blocks are waiting, else who writes it. A third thread would take that time from the steps.
+eight blocks ahead of it, each of which may hold on to the file it is part of. A file is hashed by who has less to do:
+who makes it where it is well ahead, else who writes it. A third thread would take that time from the steps.
 """
 
 import hashlib
@@ -16,7 +16,8 @@ from streamlstm.recovery.manifest import Listed
 from streamlstm.recovery.snapshot import Sink
 
 _BLOCK = 8 << 20
-_BLOCKS_AHEAD = 4
+_BLOCKS_AHEAD = 8
+_WELL_AHEAD = 4
 
 
 class _Sha(Protocol):
@@ -82,7 +83,7 @@ class Encoder:
     def _make(self) -> None:
         try:
             for put in self._files:
-                sink = _Blocks(self._hand_over, lambda: not self._made.empty())
+                sink = _Blocks(self._hand_over, lambda: self._made.qsize() >= _WELL_AHEAD)
                 put(sink)
                 self._hand_over(sink.end())
         except BaseException as error:  # noqa: BLE001, because who writes must hear of it, whatever it is

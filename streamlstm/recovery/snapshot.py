@@ -33,7 +33,7 @@ from streamlstm.series.table import Rows, Slots
 if sys.byteorder != "little":  # pragma: no cover
     raise ImportError("streamlstm stores tensors as little-endian rows, and this machine is big-endian")
 
-# What a file holds at most: bounds what a checkpoint takes beside the snapshot itself, some five times as much where
+# What a file holds at most: bounds what a checkpoint takes beside the snapshot itself, some six times as much where
 # the disk is slow, and lets a reader check one file while it parses another. The memory for a larger one would come
 # anew from the kernel each time; smaller ones ask for the interpreter more often.
 _FILE_BYTES = 30 << 20

@@ -79,18 +79,21 @@ def test_no_more_is_made_than_so_many_bytes_ahead_and_nothing_once_it_is_left():
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux has it by thread")
 def test_a_checkpoint_is_made_and_written_by_threads_that_let_the_loop_go_first():
-    nice: queue.Queue[int] = queue.Queue()
+    seen: queue.Queue[tuple[int, set[int]]] = queue.Queue()
 
     def tell(_):
-        nice.put(os.getpriority(os.PRIO_PROCESS, 0))
+        seen.put((os.getpriority(os.PRIO_PROCESS, 0), os.sched_getaffinity(0)))
 
     def write():
         with Encoder([tell]) as made:
             made.copy_next(lambda _: None)
         tell(None)
 
+    here, processors = os.getpriority(os.PRIO_PROCESS, 0), os.sched_getaffinity(0)
     in_a_thread(write)
-    here = os.getpriority(os.PRIO_PROCESS, 0)
-    assert nice.get(timeout=10) > here
-    assert nice.get(timeout=10) > here
+    for _ in range(2):
+        nice, left = seen.get(timeout=10)
+        assert nice > here
+        assert left == processors if len(processors) == 1 else left < processors
     assert os.getpriority(os.PRIO_PROCESS, 0) == here
+    assert os.sched_getaffinity(0) == processors
