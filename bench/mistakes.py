@@ -211,8 +211,7 @@ MISTAKES = (
         (
             Edit(
                 "streamlstm/recovery/resume.py",
-                "    excluded = generation.provenance.excluded if chain.excluded is None else chain.excluded\n"
-                "    pending =",
+                "    excluded = chain.excluded_after(generation.provenance.excluded)\n    pending =",
                 "    excluded = chain.excluded or ()\n    pending =",
             ),
         ),

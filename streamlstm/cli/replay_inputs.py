@@ -308,7 +308,7 @@ def _span(config: Config, deadline: Deadline, begun: Begun | None, base: Generat
             last=chain.last_step,
             positions=made.positions,
             topic_ids=made.topic_ids,
-            excluded=made.excluded if chain.excluded is None else chain.excluded,
+            excluded=chain.excluded_after(made.excluded),
             made=Made(made.settings.hash, made.fingerprint.get("streamlstm", __version__), made.revision),
             learning=dict(made.settings.learning),
             known=_known(chain, chain.last_step),

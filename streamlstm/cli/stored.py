@@ -79,7 +79,7 @@ def show(loaded: Loaded, ident: str, *, as_json: bool) -> None:
 
 
 def verify(loaded: Loaded, ident: str | None, *, as_json: bool) -> None:
-    """``checkpoint verify``: raises :class:`~streamlstm.errors.CheckpointError` after the table if one is bad."""
+    """``checkpoint verify``: raises :class:`~streamlstm.errors.CheckpointError` where there is none, or a bad one."""
     store = open_for_reading(loaded.config)
     steps = store.steps() if ident is None else [step_of(store, ident)]
     rows: list[dict[str, Any]] = []
@@ -117,13 +117,12 @@ def verify(loaded: Loaded, ident: str | None, *, as_json: bool) -> None:
             cells,
             right={"step", "bytes", "series", "stored", "seconds"},
         )
-    else:
-        click.echo(none_there(store))
     if bad:
         told = "; ".join(f"{row['step']}: {row['reason']}" for row in bad)
         raise CheckpointError(f"{len(bad)} of {len(rows)} checkpoints in {store.name} are bad: {told}")
-    if rows:
-        suggest(f"streamlstm verify -c {loaded.file} --from {rows[0]['step']}")
+    if not rows:
+        raise CheckpointError(none_there(store))
+    suggest(f"streamlstm verify -c {loaded.file} --from {rows[0]['step']}")
 
 
 def diff(loaded: Loaded, a: str, b: str, *, as_json: bool) -> None:

@@ -55,7 +55,7 @@ def revert(
     if refused is not None:
         raise CheckpointError(refused)
     check_excluded(exclude, generation.provenance.positions, step)
-    known = generation.provenance.excluded if chain.excluded is None else chain.excluded
+    known = chain.excluded_after(generation.provenance.excluded)
     revision = next_revision(chain, store)
     branch = describe_branch(chain, generation, name, new_id(), revision, merge_ranges([*known, *exclude]))
     commit_record(publisher, progress, chain, branch, "")  # 6

@@ -4,6 +4,7 @@ import os
 import shutil
 import stat
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -66,7 +67,8 @@ class Disk:
     def hasten(self, file: BinaryIO, first: int, length: int) -> None:
         """Have the disk begin with this part of what was written to ``file``: a hint, which promises nothing."""
         if sys.platform == "linux":
-            os.posix_fadvise(file.fileno(), first, length, os.POSIX_FADV_DONTNEED)
+            with suppress(OSError):
+                os.posix_fadvise(file.fileno(), first, length, os.POSIX_FADV_DONTNEED)
 
     def sync(self, file: BinaryIO) -> None:
         """What was written to ``file`` survives a power cut."""

@@ -57,7 +57,7 @@ def look_ahead(
     check_excluded(exclude, made.positions, step)
     _check_retained(earliest, generation)
 
-    known = made.excluded if chain.excluded is None else chain.excluded
+    known = chain.excluded_after(made.excluded)
     excluded = merge_ranges([*known, *exclude])
     start = {(p.topic, p.partition): p.next_offset for p in made.positions}
     end = {place: max(at, chain.positions.get(place, at)) for place, at in start.items()}

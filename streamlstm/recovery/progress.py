@@ -218,6 +218,10 @@ class Chain:
     writer: str | None = None
     """The incarnation that may write; ``None`` while its record is trimmed, empty after a branch."""
 
+    def excluded_after(self, before: tuple[Range, ...]) -> tuple[Range, ...]:
+        """The ranges that count at its end; ``before`` are those of the generation beside it, if no branch tells."""
+        return before if self.excluded is None else self.excluded
+
     def after(self, step: int) -> Iterator[RecordedStep]:
         """The recorded steps ``step + 1`` …, in order."""
         return (recorded for recorded in self.steps if recorded.number > step)

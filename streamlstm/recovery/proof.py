@@ -182,7 +182,7 @@ def _recompute(
             "trimmed (sink.progress.trim: false keeps all)"
         )
     _check_settings(made.settings.identity, bench.settings.identity)
-    excluded = made.excluded if chain.excluded is None else chain.excluded
+    excluded = chain.excluded_after(made.excluded)
     segments = Segments(bench.maker, chain, loaded)
     del loaded  # the engine has its own copy
     seek_to_replay(bench.source, chain, generation, excluded)

@@ -233,7 +233,7 @@ def resume(world: World, terms: Terms, witness: Witness) -> Ready:
     generation, segments = loaded.generation, Segments(world.maker, chain, loaded)
     refused, refusal = tuple(bad for bad in found.refused if not bad.left), found.refusal
     del loaded, found  # the engine will have its own copy
-    excluded = generation.provenance.excluded if chain.excluded is None else chain.excluded
+    excluded = chain.excluded_after(generation.provenance.excluded)
     pending = _steps_to_replay(chain, generation, terms.settings)
     lost = _lost(world.source, chain, generation)
     if lost and (rebuilt or terms.on_gap == "fail"):
@@ -588,7 +588,7 @@ def _go_back(world: World, terms: Terms, generation: Generation, chain: Chain, w
     What they published may be lost with them, or not: only another revision lets readers tell.
     """
     last_step, revision = chain.last_step, next_revision(chain, world.store)
-    excluded = generation.provenance.excluded if chain.excluded is None else chain.excluded
+    excluded = chain.excluded_after(generation.provenance.excluded)
     branch = describe_branch(chain, generation, terms.settings.name, world.new_id(), revision, excluded)
     _append(world, terms, chain, branch, "")
     witness.goes_back(last_step, generation.step, revision)

@@ -135,6 +135,12 @@ def test_verify_reads_all_and_changes_nothing(capsys, config, tmp_path):
     assert found["bad"] == 0
 
 
+def test_where_there_is_nothing_to_verify_that_is_no_success(capsys, config, tmp_path):
+    """A volume that is not mounted must not pass for checkpoints that were found whole."""
+    said = refused(capsys, 65, "verify", "-c", config, "--set", f"checkpoint.url={tmp_path / 'none'}")
+    assert f"{tmp_path / 'none'} does not exist" in said
+
+
 def test_verify_names_the_file_that_is_damaged_and_ends_with_65(capsys, config, tmp_path):
     damage(tmp_path, 3)
     assert "1 of 3 checkpoints" in (said := refused(capsys, 65, "verify", "-c", config))
