@@ -1,6 +1,7 @@
 """The progress log, against a real broker."""
 
 import threading
+from typing import Any
 
 import pytest
 from broker import wait_until
@@ -72,6 +73,43 @@ def test_what_is_trimmed_while_it_is_read_is_not_there(deployment: Deployment, m
     monkeypatch.setattr(progress, "open_consumer", slow)
     assert [e.value for e in log.read()] == [b"2", b"3"]
     assert [e.value for e in log.read(offsets[1])] == [b"2", b"3"]
+
+
+def test_a_log_of_which_all_is_trimmed_while_it_is_read_goes_on_from_there(
+    deployment: Deployment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A reader that was suspended for long: what it knew to be the end is older than the beginning now."""
+    publisher = deployment.publisher()
+    publisher.begin_session()
+    offsets = [publisher.commit(outputs(b"%d" % i)) for i in range(6)]
+    log, opened = deployment.progress(), progress.open_consumer
+
+    def suspended(*args: object, **settings: Any) -> Consumer:
+        consumer = opened(*args, **settings, max_partition_fetch_bytes=1)  # one transaction at a time
+        poll, seek = consumer.poll, consumer.seek
+        empty = 0
+
+        def poll_then_sleep(**how: Any) -> object:
+            nonlocal empty
+            if empty:
+                empty -= 1
+                return {}
+            polled = poll(**how)
+            if polled and len(offsets) == 6:
+                offsets.extend(publisher.commit(outputs(b"%d" % i)) for i in range(6, 9))
+                log.trim(offsets[7])
+            return polled
+
+        def seek_and_wait(*where: Any) -> None:
+            nonlocal empty
+            empty = 1  # the broker takes longer to answer than a poll waits
+            seek(*where)
+
+        consumer.poll, consumer.seek = poll_then_sleep, seek_and_wait
+        return consumer
+
+    monkeypatch.setattr(progress, "open_consumer", suspended)
+    assert [e.value for e in log.read()] == [b"7", b"8"]
 
 
 def test_a_trim_that_is_refused_is_told_once_and_raises_nothing(

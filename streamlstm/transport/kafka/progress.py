@@ -83,7 +83,7 @@ class KafkaProgressLog:
                 if front <= position:
                     raise
                 # A service that runs beside us has trimmed what was to be read.
-                entries, position = [], front
+                entries, position, end = [], front, None
                 consumer.seek(tp, position)
                 continue
             for record in polled.get(tp, ()):
@@ -91,5 +91,8 @@ class KafkaProgressLog:
                     raise ProgressError(f"{tp.topic}: the record at offset {record.offset} is empty: not one of ours")
                 entries.append(ProgressEntry(record.offset, record.value))
             position = consumer.position(tp, timeout_ms=0)
-            end = end if end is not None else consumer.highwater(tp)
+            told = consumer.highwater(tp)
+            # Less than where we are is of before the log was trimmed.
+            if end is None and told is not None and told >= position:
+                end = told
         return entries
