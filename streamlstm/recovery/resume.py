@@ -5,7 +5,7 @@ The order is a law, and is numbered in :func:`resume`. Each part may be cut by a
 same again and ends in the same state.
 """
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple, Protocol
 
@@ -40,7 +40,7 @@ from streamlstm.recovery.progress import (
 from streamlstm.recovery.provenance import Generation, Provenance, Settings
 from streamlstm.recovery.repetition import Repeat, Repeated, Repetition
 from streamlstm.recovery.segments import Segments
-from streamlstm.recovery.standing import Unusable, judge_refused, steps_on, why_not_on
+from streamlstm.recovery.standing import Unusable, judge_refused, log_is_empty, why_not_on
 from streamlstm.transport.interfaces import LiveSource, Position, ProgressLog, Publisher
 
 Decode = Callable[[Messages], RecordBatch]
@@ -51,6 +51,9 @@ _WAYS_OUT = (
     "bring a copy back, take one that was put aside (`checkpoint list` names them, and `checkpoint restore NAME` takes "
     "one), have everything computed again by `run --rebuild-from-log` if the progress log was never trimmed, or start "
     "anew with `run --fresh`"
+)
+_WAYS_OUT_OF_A_LOST_END = (
+    "the progress log has lost its end: bring that or an older checkpoint back, or start anew with `run --fresh`"
 )
 
 
@@ -195,8 +198,9 @@ def resume(world: World, terms: Terms, witness: Witness) -> Ready:
     3.  Take over the transactional id: whoever published under it until now is fenced.
     4.  Read the progress chain to its end; nobody else can extend it any more. A generation that the chain does not
         know is put aside, and the next older one taken. If it shows that the chain has lost its end, a branch from that
-        one says so first: what the lost transactions published is published again under the next revision. That there
-        is none is refused, unless it is the doing of another process in the same object store.
+        one says so first: what the lost transactions published is published again under the next revision. Without
+        transactions that is refused. So is that there is none, unless it is the doing of another process in the same
+        object store.
     5.  Check topic ids, partition count and retention.
     6.  On a first run, or while there is no step and the configuration changed: make generation 0 durable. Likewise
         where a refused start is to begin anew, which a branch then records, or to be rebuilt from the log.
@@ -287,7 +291,13 @@ def resume(world: World, terms: Terms, witness: Witness) -> Ready:
 
 
 def _find(
-    world: World, terms: Terms, seen: Sequence[int], beyond: Mapping[int, Refused], chain: Chain | None = None
+    world: World,
+    terms: Terms,
+    seen: Sequence[int],
+    beyond: Mapping[int, Refused],
+    chain: Chain | None = None,
+    *,
+    lost: bool = False,
 ) -> _Found:
     """The newest generation that is whole and not ``beyond``. None being good is refused, if it cannot be mended."""
     try:
@@ -296,7 +306,7 @@ def _find(
         if isinstance(error.__cause__, NewerSchema):
             raise
         mended = terms.fresh or terms.rebuild
-        told = error if mended else CheckpointError(f"{error}; {_WAYS_OUT}")
+        told = error if mended else CheckpointError(f"{error}; {_WAYS_OUT_OF_A_LOST_END if lost else _WAYS_OUT}")
         return _Found(None, (), _refuse(world, seen, chain, told, mended=mended))
 
 
@@ -317,8 +327,10 @@ def _read_progress(world: World, terms: Terms, seen: Sequence[int], found: _Foun
     name, mended = terms.settings.name, terms.fresh or terms.rebuild
     if found.loaded is None:
         chain = read_chain(world.progress.read(), name)
+        if chain.tip is None and any(seen):
+            raise _refuse(world, seen, chain, log_is_empty(f"{world.store.name} has checkpoints"), mended=False)
         if chain.tip is None or found.refusal is not None:
-            return found._replace(lost=_were_more(chain, seen)), chain
+            return found._replace(lost=_shows_more(world.store, chain, seen)), chain
         aside = f" ({', '.join(world.store.bad())} were put aside)" if world.store.bad() else ""
         told = (
             f"the progress log holds {chain.last_step} steps of {name!r}, but {world.store.name} has no "
@@ -346,36 +358,35 @@ def _read_progress(world: World, terms: Terms, seen: Sequence[int], found: _Foun
             reason, left = str(error), False
         if reason is None:
             break
-        if not left and _shows_more(chain, generation):
-            lost = _go_on_without(world, chain, generation.step)
+        lost = lost or _shows_more(world.store, chain, [generation.step])
         beyond[generation.step] = Refused(generation.step, reason, left)
-        found = _find(world, terms, seen, beyond, chain)
-    damaged = {bad.step for bad in found.refused} - beyond.keys()
-    if not lost and _were_more(chain, damaged):
-        lost = _go_on_without(world, chain, max(damaged))
+        found = _find(world, terms, seen, beyond, chain, lost=lost)
+    newer = (step for step in seen if found.loaded is None or step > found.loaded.generation.step)
+    lost = lost or _shows_more(world.store, chain, [step for step in newer if step not in beyond])
+    if lost and found.loaded is not None and world.repeat is not None:
+        behind = _journal_is_behind(chain, max(seen), found.loaded.generation.step)
+        found = _Found(None, (), _refuse(world, seen, chain, behind, mended=terms.fresh))
     return found._replace(lost=lost), chain
 
 
-def _shows_more(chain: Chain, generation: Generation) -> bool:
-    """Whether a generation was made from more of the chain than there is: later steps, or behind a later branch."""
-    later = generation.step > 0 and generation.provenance.revision > chain.revision
-    return later or generation.step > chain.last_step
-
-
-def _go_on_without(world: World, chain: Chain, step: int) -> bool:
-    """Always: the chain has lost its end, as the generation of this step shows. Without transactions it is refused."""
-    if world.repeat is not None:
-        raise _journal_is_behind(world.store, chain, step)
-    return True
-
-
-def _were_more(chain: Chain, steps: Collection[int]) -> bool:
+def _shows_more(store: CheckpointStore, chain: Chain, steps: Sequence[int]) -> bool:
     """
-    Whether a generation of one of these steps, which may be damaged, was made from later steps than the chain ever had.
+    Whether a generation of one of these steps, which may be damaged, was made from more of the chain than there is:
+    later steps, or behind a later branch. So the chain has lost its end.
 
-    Right behind a branch that is of no matter: nothing was published since.
+    Where nothing of it can be read its step tells: later than any that was ever recorded. Right behind a branch that is
+    of no matter, for it may have been made because of this one.
     """
-    return chain.writer != "" and max(steps, default=0) > chain.reached
+    for step in filter(None, steps):
+        try:
+            revision = store.header(step).generation.provenance.revision
+        except (CheckpointError, OSError):
+            more = chain.writer != "" and step > chain.reached
+        else:
+            more = revision > chain.revision or (revision == chain.revision and step > chain.last_step)
+        if more:
+            return True
+    return False
 
 
 def _check(world: World, terms: Terms, found: _Found, chain: Chain) -> _Found:
@@ -444,16 +455,15 @@ def _starts_elsewhere(generation: Generation, settings: Settings) -> bool:
     return not {"source.start", "source.topics"}.isdisjoint(keys)
 
 
-def _journal_is_behind(store: CheckpointStore, chain: Chain, step: int) -> ProgressError:
+def _journal_is_behind(chain: Chain, step: int, last: int) -> ProgressError:
     """
     A checkpoint proves that the journal held more, and all of that is out. Going on behind it would publish it again
     with input cut otherwise, under a revision that has it already.
     """
-    last = max(steps_on(chain, store), default=None)
-    revert = f", or go on from what is left by `checkpoint revert {last}`: readers can tell" if last is not None else ""
     return ProgressError(
-        f"the journal ends with step {chain.last_step}, but the checkpoint of step {step} was made from "
-        f"more of it, which was published and is gone: bring journal and checkpoints of one copy back{revert}"
+        f"the journal ends with step {chain.last_step}, but the checkpoint of step {step} was made from more of it, "
+        "which was published and is gone: bring journal and checkpoints of one copy back, go on from what is left by "
+        f"`checkpoint revert {last}`, or start anew with `run --fresh`: readers can tell"
     )
 
 

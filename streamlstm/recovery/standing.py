@@ -25,11 +25,7 @@ def why_not_on(chain: Chain, generation: Generation) -> str | None:
     if chain.tip is None or chain.first is None:
         if made.progress is None:
             return None
-        raise ProgressError(
-            f"the progress log is empty, but {here} stands on its offset {made.progress.offset}: is this the right "
-            "cluster and topic, and with sink.delivery: idempotent, is the journal in checkpoint.url? Bring it back; "
-            "if it is lost, start anew under another name with topics and a checkpoint.url of its own"
-        )
+        raise log_is_empty(f"{here} stands on its offset {made.progress.offset}")
     if generation.step == 0 and generation.digest in chain.zeros:
         return None
     _check_lineage(chain, generation)
@@ -48,6 +44,15 @@ def why_not_on(chain: Chain, generation: Generation) -> str | None:
     if generation.step == 0 and (chain.last_step or made.progress != chain.tip):
         return _why_not_zero(chain, made)
     return None
+
+
+def log_is_empty(shown: str) -> ProgressError:
+    """Nobody knows what was published under which revision; ``shown`` is what says that something was."""
+    return ProgressError(
+        f"the progress log is empty, but {shown}: is this the right cluster and topic, and with sink.delivery: "
+        "idempotent, is the journal in checkpoint.url? Bring it back; if it is lost, start anew under another name "
+        "with topics and a checkpoint.url of its own"
+    )
 
 
 def steps_on(chain: Chain, store: CheckpointStore) -> list[int]:

@@ -9,10 +9,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from fakes import PACE, SETTINGS, Broker, Crash, Fate, Process, TinyEncoder, message
+from fakes import PACE, SETTINGS, Broker, Crash, Fate, Process, TinyEncoder, digest_directory, message
 
-from streamlstm.errors import CheckpointNotWritten, NotAuthorised, ProgressError
+from streamlstm.errors import CheckpointError, CheckpointNotWritten, NotAuthorised, ProgressError
 from streamlstm.recovery.branching import revert
+from streamlstm.recovery.checkpoint import open_store
 from streamlstm.recovery.disk import Disk
 from streamlstm.recovery.journal import Journal
 from streamlstm.recovery.progress import Chain, Incarnation, Steps, decode_record, read_chain
@@ -279,6 +280,117 @@ def test_a_journal_that_lost_what_a_checkpoint_stands_on_is_refused(tmp_path):
 
     assert process.ready.revision == 1
     out(broker)
+
+
+def journal_without_its_end(tmp_path: Path, keep: int = 9) -> tuple[Broker, Path, int]:
+    """The journal is an older copy of itself; what the newer one recorded is out, and its checkpoints are there."""
+    broker, state = filled(), tmp_path / "state"
+    life(broker, state, keep=keep).run()
+    last = chain_of(state).last_step
+    shutil.copytree(state / "journal", tmp_path / "older")
+    broker.inputs["in"][0] += filled().inputs["in"][0]
+    life(broker, state, keep=keep).run()
+    shutil.rmtree(state / "journal")
+    shutil.move(tmp_path / "older", state / "journal")
+    assert max(open_store(state).steps()) > last == chain_of(state).last_step
+    return broker, state, last
+
+
+def spoil(state: Path, name: str, beyond: int = -1) -> None:
+    for path in state.glob(f"0*/{name}"):
+        if int(path.parent.name) > beyond:
+            path.write_bytes(b"")
+
+
+def revision_of_a_start(broker: Broker, state: Path) -> int:
+    process = life(broker, state)
+    process.run()
+    assert process.ready is not None
+    return process.ready.revision
+
+
+def under_each_revision(before: list[OutMessage], broker: Broker) -> None:
+    """What was published before, and what was published since, under another revision: each coordinate once in both."""
+    for messages in (before, broker.published[len(before) :]):
+        assert len(once(messages)) == len(messages)
+
+
+@pytest.mark.parametrize("damaged", [None, "optim.pt", "MANIFEST.json"])
+@pytest.mark.parametrize("rebuild", [False, True])
+def test_a_journal_that_lost_its_end_goes_on_only_under_a_revision_that_was_asked_for(tmp_path, damaged, rebuild):
+    broker, state, last = journal_without_its_end(tmp_path)
+    if damaged:
+        spoil(state, damaged, beyond=last)
+    before, files = list(broker.published), digest_directory(state)
+
+    told = rf"ends with step {last}, .*`checkpoint revert {last}`, or start anew with `run --fresh`"
+    with pytest.raises(ProgressError, match=told):
+        life(broker, state, rebuild=rebuild).run()
+    assert digest_directory(state) == files
+    assert broker.published == before
+    back = life(broker, state)
+    revert(back.store, back.publisher, back.world.progress, "n", last, [], lambda: "another")
+    back.publisher.close()
+    back.store.close()
+    process = life(broker, state, rebuild=rebuild)
+    process.run()
+
+    assert process.ready is not None
+    assert (process.ready.revision, process.ready.generation.step) == (1, last)
+    under_each_revision(before, broker)
+    assert revision_of_a_start(broker, state) == 1
+
+
+@pytest.mark.parametrize("left", ["some", "none older", "none whole"])
+def test_a_journal_that_lost_its_end_may_begin_anew_and_be_killed_anywhere(tmp_path, left):
+    for at in itertools.count(step=3):
+        where = tmp_path / str(at)
+        where.mkdir()
+        broker, state, _ = journal_without_its_end(where, keep=2 if left == "none older" else 9)
+        if left == "none whole":
+            spoil(state, "optim.pt")
+        before = list(broker.published)
+        if left != "some":
+            with pytest.raises(CheckpointError, match="`run --fresh`"):
+                life(broker, state).run()
+            with pytest.raises(ProgressError, match=r"under the same revision; .*`run --fresh`"):
+                life(broker, state, rebuild=True).run()
+        killed = life(broker, state, Fate(at), fresh=True)
+        with contextlib.suppress(Crash):
+            killed.begin()
+        killed.publisher.close()
+        killed.store.close()
+
+        process = life(broker, state, fresh=True)
+        process.run()
+
+        assert process.ready is not None
+        assert process.ready.revision == 1, at
+        assert process.ready.generation.step == 0
+        assert once(broker.published[len(before) :]) == once(before)
+        under_each_revision(before, broker)
+        assert revision_of_a_start(broker, state) == 1
+        shutil.rmtree(where)
+        if not killed.fate.dead:
+            break
+    assert at > 15
+
+
+def test_everything_computed_again_from_the_journal_publishes_the_newest_record_once_more(tmp_path):
+    reference, digests = never_stopped(tmp_path)
+    broker, state = filled(), tmp_path / "state"
+    life(broker, state).run()
+    spoil(state, "optim.pt")
+
+    process = life(broker, state, rebuild=True)
+    engine = process.run()
+
+    assert process.ready is not None
+    assert process.ready.revision == 0
+    (facts,) = repeated(process)
+    assert facts["same_bytes"]
+    assert out(broker) == reference
+    assert engine.state().digests() == digests
 
 
 def test_a_damaged_journal_is_refused_with_its_file(tmp_path):

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from fakes import PACE, SETTINGS, Broker, Crash, Fate, Process, make_settings, message
+from fakes import PACE, SETTINGS, Broker, Crash, Fate, Process, digest_directory, make_settings, message
 
 from streamlstm.errors import CheckpointError, ConfigError, LogGap, ProgressError, TopicChanged
 from streamlstm.records.batch import Range
@@ -26,8 +26,8 @@ def values(broker: Broker) -> list[bytes]:
     return [m.value or b"" for m in broker.published]
 
 
-def spoil(state: Path) -> None:
-    for path in state.glob("0*/optim.pt"):
+def spoil(state: Path, name: str = "optim.pt") -> None:
+    for path in state.glob(f"0*/{name}"):
         path.write_bytes(b"")
 
 
@@ -121,6 +121,98 @@ def test_it_is_offered_only_where_the_chain_reaches_back_to_its_first_record(tmp
     with pytest.raises(ProgressError, match=r"has no checkpoint: .* `run --fresh`") as refused:
         Process(broker, state).run()
     assert ("--rebuild-from-log" in str(refused.value)) is not trim
+
+
+def all_bad_and_the_chains_end_lost(tmp_path: Path, name: str) -> tuple[Broker, Path]:
+    broker, state, _ = ran(tmp_path, keep=9)
+    kept = list(broker.progress)
+    broker.inputs["in"][0] += [message(f"s{i % 3}", float(i)) for i in range(60)]
+    Process(broker, state, pace=KEEP_ALL, keep=9).run()
+    assert len(kept) < len(broker.progress)
+    broker.progress = kept
+    spoil(state, name)
+    return broker, state
+
+
+@pytest.mark.parametrize("name", ["optim.pt", "MANIFEST.json"])
+def test_a_chain_that_lost_its_end_is_not_rebuilt_and_begins_anew_under_another_revision(tmp_path, name):
+    """What it published since is out: computed from here on, it would be published again under the same revision."""
+    broker, state = all_bad_and_the_chains_end_lost(tmp_path, name)
+    records, files = list(broker.progress), digest_directory(state)
+    published = values(broker)
+
+    with pytest.raises(ProgressError, match=r"lost its end, .* under the same revision; .*`run --fresh`"):
+        Process(broker, state, pace=KEEP_ALL, rebuild=True).run()
+    assert broker.progress == records
+    assert digest_directory(state) == files
+    fresh = Process(broker, state, pace=KEEP_ALL, fresh=True)
+    fresh.run()
+
+    assert fresh.ready is not None
+    assert fresh.ready.revision == 1
+    assert values(broker) == published * 2, "each once under either revision"
+    assert Process(broker, state, pace=KEEP_ALL).begin().revision == 1
+
+
+def test_a_new_beginning_that_was_cut_short_hides_no_lost_end(tmp_path):
+    """Killed anywhere in ``--fresh``, a start that is to rebuild publishes nothing twice under one revision."""
+    refused = 0
+    for at in itertools.count():
+        where = tmp_path / str(at)
+        where.mkdir()
+        broker, state = all_bad_and_the_chains_end_lost(where, "optim.pt")
+        published = len(broker.published)
+        killed = Process(broker, state, Fate(at), pace=KEEP_ALL, fresh=True)
+        with contextlib.suppress(Crash):
+            killed.begin()
+        killed.store.close()
+
+        process = Process(broker, state, pace=KEEP_ALL, rebuild=True)
+        try:
+            process.run()
+        except ProgressError:
+            refused += 1
+            assert len(broker.published) == published
+        else:
+            assert process.ready is not None
+            assert process.ready.revision == 1, at
+        shutil.rmtree(where)
+        if not killed.fate.dead:
+            break
+    assert 10 < refused < at
+
+
+def test_a_branch_that_the_chain_lost_is_known_from_a_damaged_checkpoint(tmp_path):
+    """Its steps are no later than the chain's; but what was excluded would be learnt, and nobody told."""
+    broker, state, _ = ran(tmp_path, keep=9)
+    kept = list(broker.progress)
+    back = Process(broker, state)
+    step = back.store.steps()[1]
+    at = back.store.verify(step).provenance.positions[0].next_offset
+    poison = Range("in", 0, at + 1, at + 9)
+    revert(back.store, back.publisher, back.world.progress, "n", step, [poison], back.world.new_id)
+    back.store.close()
+    Process(broker, state, pace=KEEP_ALL, keep=9).run()
+    broker.progress = kept
+    spoil(state)
+
+    with pytest.raises(ProgressError, match="lost its end"):
+        Process(broker, state, pace=KEEP_ALL, rebuild=True).run()
+    fresh = Process(broker, state, pace=KEEP_ALL, fresh=True)
+    assert fresh.begin().revision == 2
+
+
+@pytest.mark.parametrize("way", ["rebuild", "fresh"])
+def test_with_an_empty_chain_and_damaged_checkpoints_nobody_knows_what_was_published(tmp_path, way):
+    broker, state, _ = ran(tmp_path)
+    spoil(state, "MANIFEST.json")
+    files = digest_directory(state)
+    broker.progress = []
+
+    with pytest.raises(ProgressError, match=r"the progress log is empty, but .* under another name"):
+        Process(broker, state, pace=KEEP_ALL, **{way: True}).run()
+    assert digest_directory(state) == files
+    assert not broker.progress
 
 
 @pytest.mark.parametrize("on_gap", ["fail", "skip"])
