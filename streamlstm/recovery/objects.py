@@ -27,6 +27,7 @@ import re
 import secrets
 import socket
 import threading
+import weakref
 from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -465,19 +466,19 @@ class Caller:
     """
     Makes calls in a thread of its own, so that waiting has an end.
 
-    A call that is not over by then is left to itself, with its thread; the next one gets a new thread.
+    A call that is not over by then is left to itself, with its thread, which ends when it does; the next one gets a new
+    thread.
     """
 
     def __init__(self, limit_s: float = LIMIT_S) -> None:
         self._limit_s = limit_s
-        self._line: queue.SimpleQueue[Callable[[], None]] | None = None
+        self._line: Line | None = None
 
     @property
     def line(self) -> "Line":
         """Whoever makes the calls now, in order."""
         if self._line is None:
-            self._line = queue.SimpleQueue()
-            threading.Thread(target=_serve, args=(self._line,), name="object store", daemon=True).start()
+            self._line = _Thread()
         return self._line
 
     def call(self, work: Callable[[], _T]) -> _T:
@@ -507,9 +508,20 @@ class Caller:
             return None
 
 
-def _serve(line: queue.SimpleQueue[Callable[[], None]]) -> None:
-    while True:
-        call = line.get()
+class _Thread:
+    """A :class:`Line` whose thread ends after the last call, once nobody holds on to the line."""
+
+    def __init__(self) -> None:
+        self._calls: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        threading.Thread(target=_serve, args=(self._calls,), name="object store", daemon=True).start()
+        weakref.finalize(self, self._calls.put, None).atexit = False
+
+    def put(self, item: Callable[[], None], /) -> None:
+        self._calls.put(item)
+
+
+def _serve(calls: queue.SimpleQueue[Callable[[], None] | None]) -> None:
+    while (call := calls.get()) is not None:
         with suppress(BaseException), underway():  # what an upload that nobody waits for says at its end
             call()
         del call

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import queue
 import re
 import threading
 import time
@@ -21,6 +22,7 @@ from streamlstm.records.batch import SeriesId
 from streamlstm.recovery.background import BackgroundWriter, Failed
 from streamlstm.recovery.branching import revert
 from streamlstm.recovery.checkpoint import CheckpointStore, Keep, open_store
+from streamlstm.recovery.objects import Caller
 from streamlstm.recovery.progress import Link, decode_record
 from streamlstm.recovery.provenance import Provenance, Settings
 from streamlstm.transport.interfaces import Position
@@ -389,6 +391,28 @@ def test_no_thread_is_waited_for_when_the_process_ends():
     assert stuck
     assert all(thread.daemon for thread in stuck)
     trouble.release.set()
+
+
+def test_a_thread_whose_call_was_given_up_ends_after_it_and_what_was_left_to_it():
+    """Or a store that is away for hours would use up the threads that the process may have."""
+    caller, late, done = Caller(limit_s=0.01), threading.Event(), threading.Event()
+    threads: queue.SimpleQueue[threading.Thread] = queue.SimpleQueue()
+
+    def hang():
+        threads.put(threading.current_thread())
+        late.wait()
+
+    line = caller.line
+    with pytest.raises(TimeoutError):
+        caller.call(hang)
+    line.put(done.set)
+    assert caller.line is not line
+    late.set()
+    del line
+    given_up = threads.get(timeout=10)
+    given_up.join(10)
+    assert not given_up.is_alive()
+    assert done.is_set()
 
 
 def test_all_bad_is_refused_with_every_reason_and_nothing_is_moved():
