@@ -88,7 +88,7 @@ def _as_json(outlook: Outlook, *, dry_run: bool) -> dict[str, object]:
         "step": step,
         "revision": outlook.revision - outlook.done,
         "relearnt": {
-            "steps": outlook.last_step - step,
+            "steps": outlook.steps,
             "offsets": outlook.offsets - outlook.passed_over,
             "passed_over": outlook.passed_over,
         },
@@ -106,13 +106,17 @@ def _print(outlook: Outlook, *, dry_run: bool) -> None:
             f"the chain goes on from step {step} already, with revision {outlook.revision - 1}; nothing was done"
         )
         return
+    beyond = (
+        f"; what it holds beyond, up to step {outlook.last_step}, {'would count' if dry_run else 'counts'} no more"
+        if outlook.last_step > step
+        else ""
+    )
     click.echo(
-        f"the chain {'would go' if dry_run else 'goes'} on from step {step}, with revision {outlook.revision}; what it "
-        f"holds beyond, up to step {outlook.last_step}, {'would count' if dry_run else 'counts'} no more"
+        f"the chain {'would go' if dry_run else 'goes'} on from step {step}, with revision {outlook.revision}{beyond}"
     )
     click.echo(
         f"the next start learns {outlook.offsets - outlook.passed_over:,} offsets again and publishes them again "
-        f"(they were {outlook.last_step - step:,} steps)"
+        f"(they were {outlook.steps:,} steps)"
     )
     for r in outlook.excluded:
         click.echo(f"passed over from now on: {r.topic}-{r.partition}, offsets {r.start} to {r.end - 1}")

@@ -4,7 +4,7 @@ What going back would come to, said before anything is done: what is learnt agai
 Reads only, so it can be asked for beside a running service, whose chain may grow meanwhile.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from streamlstm.errors import CheckpointError, DataError, LogGap
@@ -17,11 +17,15 @@ from streamlstm.recovery.provenance import Generation
 from streamlstm.recovery.standing import why_not_back
 from streamlstm.transport.interfaces import Position
 
+Place = tuple[str, int]
+"""Topic and partition."""
+
 
 @dataclass(frozen=True, slots=True)
 class Outlook:
     """
-    Steps after that of ``generation``, up to ``last_step``, were learnt and published and would be once more.
+    So many ``steps`` after ``generation`` were learnt and published and would be once more, what earlier branches left
+    behind included. The chain goes on to ``last_step`` now.
 
     ``offsets`` is how much of the input they consumed, ``excluded`` all ranges that are passed over from then on and
     ``passed_over`` how many of these offsets lie in them. ``beyond`` are the checkpoints that the next start puts
@@ -31,6 +35,7 @@ class Outlook:
     generation: Generation
     revision: int
     last_step: int
+    steps: int
     offsets: int
     excluded: tuple[Range, ...]
     passed_over: int
@@ -60,11 +65,12 @@ def look_ahead(
     known = chain.excluded_after(made.excluded)
     excluded = merge_ranges([*known, *exclude])
     start = {(p.topic, p.partition): p.next_offset for p in made.positions}
-    end = {place: max(at, chain.positions.get(place, at)) for place, at in start.items()}
+    steps, end = _read_beyond(chain, start)
     return Outlook(
         generation=generation,
         revision=next_revision(chain, store),
         last_step=chain.last_step,
+        steps=steps,
         offsets=sum(end[place] - start[place] for place in start),
         excluded=excluded,
         passed_over=sum(
@@ -75,6 +81,20 @@ def look_ahead(
         beyond=tuple(other for other in store.steps() if other > step),
         done=_is_done(chain, generation, excluded),
     )
+
+
+def _read_beyond(chain: Chain, start: Mapping[Place, int]) -> tuple[int, dict[Place, int]]:
+    """
+    How many of the steps that were ever recorded read beyond these positions, and up to which ones.
+
+    Of offsets that were read under several revisions the newest counts.
+    """
+    steps, end = 0, dict(start)
+    for recorded in chain.steps + [left for branch in reversed(chain.left) for left in branch]:
+        further = {place: r.end for r in recorded.cut if r.end > end.get(place := (r.topic, r.partition), r.end)}
+        steps += bool(further)
+        end |= further
+    return steps, {place: max(at, chain.positions.get(place, at)) for place, at in end.items()}
 
 
 def _is_done(chain: Chain, generation: Generation, excluded: tuple[Range, ...]) -> bool:

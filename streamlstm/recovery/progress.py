@@ -16,7 +16,7 @@ A torn, forked or foreign chain is detected, never repaired. The front of the ch
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple, NoReturn
 
 import msgspec
@@ -193,8 +193,9 @@ class Chain:
 
     ``lineage`` and ``revision`` are the newest, ``lineages`` all that were met. ``excluded`` are the newest branch's
     ranges, ``None`` where no branch was read. ``origin`` is what the first of ``steps`` started from, if it was read;
-    ``zeros`` are the digests that a generation 0 may have. ``newest`` is the first step of the newest steps record. All
-    lists are oldest first.
+    ``zeros`` are the digests that a generation 0 may have. ``newest`` is the first step of the newest steps record.
+    ``left`` are the steps that each branch left behind, as far as their topics are still the same ones. All lists are
+    oldest first.
     """
 
     lineage: str | None = None
@@ -207,6 +208,7 @@ class Chain:
     reached: int = 0
     newest: int = 0
     steps: list[RecordedStep] = field(default_factory=list[RecordedStep])
+    left: list[list[RecordedStep]] = field(default_factory=list[list[RecordedStep]])
     ends: dict[str, int] = field(default_factory=dict[str, int])
     incarnations: list[tuple[Link, Incarnation]] = field(default_factory=list[tuple[Link, Incarnation]])
     branches: list[tuple[Link, Branch]] = field(default_factory=list[tuple[Link, Branch]])
@@ -285,6 +287,7 @@ class Chain:
 
     def drop_after(self, step: int) -> None:
         """What was recorded beyond this step counts no more."""
+        self.left.append(list(self.after(step)))
         self.steps = [recorded for recorded in self.steps if recorded.number <= step]
         # A gap right after this step that no recorded step lacks is met again when reading goes on from before it.
         self.gaps = [gap for gap in self.gaps if gap.after <= step and gap.checkpoint < step]
@@ -351,10 +354,28 @@ def _admit_branch(chain: Chain, entry: ProgressEntry, record: Branch, name: str)
         _refuse(entry, f"a branch after step {record.after} that does not follow from the chain before it")
     chain.lineage, chain.excluded, chain.writer = record.lineage, record.excluded, ""
     chain.drop_after(record.after)
+    _forget_other_topics(chain, record)
     chain.last_step = record.after
     chain.positions = {(topic, partition): at for topic, partition, at in record.positions}
     if record.after == 0:
         _begin_from(chain, Origin(record.generation, record.positions, record.topic_ids))
+
+
+def _forget_other_topics(chain: Chain, branch: Branch) -> None:
+    """Offsets of a topic that was re-created mean other records. Only a new beginning goes on with other topics."""
+    if chain.branches:
+        before = chain.branches[-1][1].topic_ids
+    elif chain.origin is not None:
+        before = chain.origin.topic_ids
+    else:
+        before = branch.topic_ids if branch.after else {}
+    gone = {r.topic for steps in chain.left for recorded in steps for r in recorded.cut}
+    gone -= {topic for topic, ident in branch.topic_ids.items() if before.get(topic) == ident}
+    if gone:
+        chain.left = [
+            [replace(recorded, cut=tuple(r for r in recorded.cut if r.topic not in gone)) for recorded in steps]
+            for steps in chain.left
+        ]
 
 
 def _begin_from(chain: Chain, origin: Origin) -> None:

@@ -2,7 +2,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from fakes import PACE, Broker, Process, message
+from fakes import PACE, SETTINGS, Broker, Process, make_settings, message
 
 from streamlstm.errors import DataError, LogGap, ProgressError
 from streamlstm.records.batch import Range
@@ -88,3 +88,61 @@ def test_said_twice_it_is_done_already_until_somebody_went_on(broker, tmp_path):
     assert not outlook(broker, tmp_path, step, poison, Range("in", 0, RECORDS - 2, RECORDS)).done
     Process(broker, tmp_path / "state", keep=9).run()
     assert not outlook(broker, tmp_path, step, poison).done
+
+
+def go_back(broker: Broker, tmp_path: Path, step: int, *exclude: Range) -> None:
+    process = Process(broker, tmp_path / "state")
+    revert(process.store, process.publisher, process.world.progress, "n", step, exclude, process.world.new_id)
+    process.store.close()
+
+
+def told(seen: Outlook) -> tuple[int, int]:
+    return seen.steps, seen.offsets
+
+
+def test_going_back_twice_tells_what_is_learnt_again_of_all_that_was_published(broker, tmp_path):
+    first, step = open_store(tmp_path / "state").steps()[1:3]
+    at = stands_at(tmp_path, step)
+    further, same = outlook(broker, tmp_path, first), outlook(broker, tmp_path, step)
+    go_back(broker, tmp_path, step)
+
+    assert (
+        told(outlook(broker, tmp_path, first))
+        == told(further)
+        == (further.last_step - first, RECORDS - stands_at(tmp_path, first))
+    )
+    again = outlook(broker, tmp_path, step, Range("in", 0, at + 2, at + 5))
+    assert told(again) == told(same)
+    assert (again.passed_over, again.revision, again.last_step) == (3, 2, step)
+    assert told(outlook(broker, tmp_path, step)) == told(same), "also where it is done already"
+
+
+def test_what_was_published_under_several_revisions_is_counted_once(broker, tmp_path):
+    first, step = open_store(tmp_path / "state").steps()[1:3]
+    further = outlook(broker, tmp_path, first)
+    go_back(broker, tmp_path, step)
+    process = Process(broker, tmp_path / "state", pace=replace(PACE, trim=False), keep=9)
+    process.begin()
+    assert process.daemon is not None
+    for _ in range(9):
+        process.daemon.turn()
+    process.store.close()
+    chain = read_chain(broker.progress, "n")
+    assert step < chain.last_step < further.last_step, "some of it was learnt again"
+
+    assert told(outlook(broker, tmp_path, first)) == told(further)
+
+
+@pytest.mark.parametrize("made_anew", [False, True])
+def test_offsets_of_a_topic_that_was_made_anew_are_not_those_of_before(broker, tmp_path, made_anew):
+    """On the same topic a new beginning publishes again what came before it."""
+    published = read_chain(broker.progress, "n").last_step
+    if made_anew:
+        broker.topic_ids["in"] = "id-2"
+        broker.inputs["in"][0] = broker.inputs["in"][0][:20]
+    identity = {**SETTINGS.identity, "model.hidden_size": 3}
+    process = Process(broker, tmp_path / "state", settings=make_settings(identity, dict(SETTINGS.learning)), fresh=True)
+    process.begin()
+    process.store.close()
+
+    assert told(outlook(broker, tmp_path, 0)) == ((0, 0) if made_anew else (published, RECORDS))
