@@ -94,7 +94,8 @@ def verify(loaded: "Loaded", ident: str | None, *, as_json: bool) -> None:
     Check one checkpoint, or all: every byte, and that it can be read as a state.
 
     Exit 65 when one is bad, with the file at fault, and when there is none. Changes nothing: a start puts a bad one
-    aside, not this. Those that were put aside before are not checked again. A running service is not disturbed.
+    aside, not this. Those that were put aside before are not checked again. A running service is not disturbed; what it
+    prunes meanwhile is passed over, and when that was all, the exit is 75.
     """
     from streamlstm.cli import stored  # noqa: PLC0415, because of what this module says first
 

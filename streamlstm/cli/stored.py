@@ -16,7 +16,7 @@ from streamlstm.cli.device import prepare_device
 from streamlstm.cli.options import suggest
 from streamlstm.config.load import Loaded
 from streamlstm.config.model import Config
-from streamlstm.errors import CheckpointError, CheckpointNotWritten
+from streamlstm.errors import CheckpointError, CheckpointNotWritten, Temporary
 from streamlstm.recovery.archive import export as write_archive
 from streamlstm.recovery.archive import load_outside, open_outside
 from streamlstm.recovery.checkpoint import CheckpointStore, Keep, open_store
@@ -120,6 +120,8 @@ def verify(loaded: Loaded, ident: str | None, *, as_json: bool) -> None:
     if bad:
         told = "; ".join(f"{row['step']}: {row['reason']}" for row in bad)
         raise CheckpointError(f"{len(bad)} of {len(rows)} checkpoints in {store.name} are bad: {told}")
+    if steps and not rows:
+        raise Temporary(f"all that was to be checked in {store.name} was pruned meanwhile; verify again")
     if not rows:
         raise CheckpointError(none_there(store))
     suggest(f"streamlstm verify -c {loaded.file} --from {rows[0]['step']}")

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from streamlstm.cli import stored
 from streamlstm.cli.main import main
 from streamlstm.config.load import load
 from streamlstm.engine.state import EngineState
@@ -139,6 +140,22 @@ def test_where_there_is_nothing_to_verify_that_is_no_success(capsys, config, tmp
     """A volume that is not mounted must not pass for checkpoints that were found whole."""
     said = refused(capsys, 65, "verify", "-c", config, "--set", f"checkpoint.url={tmp_path / 'none'}")
     assert f"{tmp_path / 'none'} does not exist" in said
+
+
+def test_a_checkpoint_that_is_pruned_while_it_is_verified_is_neither_bad_nor_missing(
+    capsys, config, tmp_path, monkeypatch
+):
+    store = open_store(tmp_path / "state")
+    load_it = store.load
+
+    def late(step):
+        shutil.rmtree(tmp_path / "state" / f"{step:020d}")
+        return load_it(step)
+
+    store.load = late
+    monkeypatch.setattr(stored, "open_for_reading", lambda _: store)
+    assert "was pruned meanwhile; verify again" in refused(capsys, 75, "verify", "3", "-c", config)
+    assert store.steps() == [0, 7]
 
 
 def test_verify_names_the_file_that_is_damaged_and_ends_with_65(capsys, config, tmp_path):
