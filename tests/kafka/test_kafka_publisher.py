@@ -1,8 +1,9 @@
 """The checked commit, against real brokers."""
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from contextlib import suppress
+from typing import Any, NamedTuple
 
 import pytest
 from broker import Cluster, wait_until
@@ -179,15 +180,48 @@ def transactional_id(deployment: Deployment) -> str:
     return str(transaction_settings(deployment.config)["transactional_id"])
 
 
-def coordinator(deployment: Deployment) -> int:
-    """The broker that coordinates its transactions: it leads the partition that Java's hash of their name gives."""
+def coordinator(deployment: Deployment) -> int | None:
+    """
+    The broker that coordinates its transactions: it leads the partition that Java's hash of their name gives.
+
+    ``None`` while not all three brokers follow it: who leads may change then.
+    """
     hashed = 0
     for character in transactional_id(deployment):
         hashed = (31 * hashed + ord(character)) & 0xFFFFFFFF
     with deployment.admin() as admin:
-        partitions = admin.describe_topics(["__transaction_state"])[0]["partitions"]
-    leaders = {p["partition_index"]: p["leader_id"] for p in partitions}
-    return leaders[abs(hashed - (hashed >> 31 << 32)) % len(leaders)]
+        partitions = {p["partition_index"]: p for p in admin.describe_topics(["__transaction_state"])[0]["partitions"]}
+    found = partitions[abs(hashed - (hashed >> 31 << 32)) % len(partitions)]
+    return found["leader_id"] if len(found["isr_nodes"]) == len(deployment.cluster.bootstrap) else None
+
+
+class Degraded(NamedTuple):
+    """A deployment whose forecasts have two replicas and need both, and the broker of the second one."""
+
+    deployment: Deployment
+    follower: int
+
+    def visible(self, topic: str = "") -> list[bytes]:
+        """What a reader sees, of the forecasts if nothing else is asked for."""
+        return answer(lambda: self.deployment.committed(topic or self.deployment.config.forecast_topic))
+
+    def in_sync(self) -> int:
+        """How many replicas of its forecasts there are."""
+        topic = [self.deployment.config.forecast_topic]
+
+        def ask() -> int:
+            with self.deployment.admin() as admin:
+                return len(admin.describe_topics(topic)[0]["partitions"][0]["isr_nodes"])
+
+        return answer(ask)
+
+
+def answer(ask: Callable[[], Any]) -> Any:
+    """Of a living broker: kafka-python gives up when it has asked the dead one."""
+    for _ in range(20):
+        with suppress(kafka_errors.KafkaConnectionError):
+            return ask()
+    return ask()
 
 
 class TestLostTransaction:
@@ -201,65 +235,71 @@ class TestLostTransaction:
     """
 
     @pytest.fixture
-    def degraded(self, deploy: Callable[..., Deployment], three_brokers: Cluster) -> Deployment:
-        # Not one whose transactions broker 2 coordinates: another takes over only after the deadline, and until then
-        # nothing is to be seen of what is lost.
+    def degraded(self, deploy: Callable[..., Deployment], three_brokers: Cluster) -> Generator[Degraded]:
         deployment = deploy(three_brokers, deadline="8s")
-        deployment.publisher().begin_session()
-        while coordinator(deployment) == 2:
-            deployment = deploy(three_brokers, deadline="8s")
+        publisher = deployment.publisher()
+        wait_until(lambda: begun(publisher), 60, "transactions are coordinated: the brokers are new, or one came back")
+        wait_until(lambda: coordinator(deployment) is not None, 60, "all brokers are there")
+        # Not the one that coordinates: another takes over only after the deadline, and until then nothing is to be seen
+        # of what is lost.
+        leader = coordinator(deployment)
+        assert leader is not None
+        follower = leader % 3 + 1
         deployment.make_topic(deployment.input, 1)
         with deployment.admin() as admin:
             admin.create_topics({
                 deployment.config.forecast_topic: {
-                    "assignments": {0: [1, 2]},
+                    "assignments": {0: [leader, follower]},
                     "configs": {"min.insync.replicas": "2"},
                 },
                 deployment.config.dead_letter_topic: {"num_partitions": 1, "replication_factor": 3},
                 deployment.config.progress_topic: {"num_partitions": 1, "replication_factor": 3},
             })  # fmt: skip
             admin.wait_for_topics([deployment.config.forecast_topic, deployment.config.progress_topic])
-            topic = [deployment.config.forecast_topic]
-            wait_until(
-                lambda: sorted(admin.describe_topics(topic)[0]["partitions"][0]["isr_nodes"]) == [1, 2],
-                10,
-                "both replicas are in sync",
-            )
-        return deployment
+        degraded = Degraded(deployment, follower)
+        wait_until(lambda: degraded.in_sync() == 2, 10, "both replicas are in sync")
+        yield degraded
+        three_brokers.do("start", broker=follower)
 
-    def test_our_commit_raises_and_readers_see_nothing(self, degraded: Deployment, three_brokers: Cluster) -> None:
-        publisher = degraded.publisher()
+    def test_our_commit_raises_and_readers_see_nothing(self, degraded: Degraded, three_brokers: Cluster) -> None:
+        deployment, follower = degraded
+        publisher = deployment.publisher()
         publisher.begin_session()
         publisher.commit(outputs(b"step 1", [b"before"]))
-        three_brokers.do("kill", broker=2)
+        # A commit returns before its marker is in every partition, and without a follower none can be written.
+        wait_until(lambda: degraded.visible() == [b"before"], 30, "what was committed is visible")
+        three_brokers.do("kill", broker=follower)
         with pytest.raises(Temporary):
             publisher.commit(outputs(b"step 2", [b"lost %d" % i for i in range(5)]))
-        assert degraded.committed(degraded.config.forecast_topic) == [b"before"]
-        assert degraded.committed(degraded.config.progress_topic) == [b"step 1"]
-        three_brokers.do("start", broker=2)
+        assert degraded.visible() == [b"before"]
+        assert degraded.visible(deployment.config.progress_topic) == [b"step 1"]
+        three_brokers.do("start", broker=follower)
         wait_until(lambda: begun(publisher), 30, "a session begins, once the follower has caught up")
         publisher.commit(outputs(b"step 2 again", [b"after"]))
-        assert degraded.committed(degraded.config.forecast_topic) == [b"before", b"after"]
-        assert [e.value for e in degraded.progress().read()] == [b"step 1", b"step 2 again"]
+        wait_until(lambda: degraded.visible() == [b"before", b"after"], 30, "what was committed is visible")
+        assert [e.value for e in deployment.progress().read()] == [b"step 1", b"step 2 again"]
 
     def test_the_naive_commit_reports_success_and_readers_see_nothing(
-        self, degraded: Deployment, three_brokers: Cluster
+        self, degraded: Degraded, three_brokers: Cluster
     ) -> None:
-        producer = degraded.producer(
-            transactional_id=transactional_id(degraded),
+        deployment, follower = degraded
+        producer = deployment.producer(
+            transactional_id=transactional_id(deployment),
             request_timeout_ms=3000,
             delivery_timeout_ms=6000,
             max_block_ms=10_000,
         )
         producer.init_transactions()
-        three_brokers.do("kill", broker=2)
+        three_brokers.do("kill", broker=follower)
+        # Until then the transaction itself would wait for it too, and may fail: then the bug does not show.
+        wait_until(lambda: degraded.in_sync() == 1, 30, "the follower is given up")
         producer.begin_transaction()
-        futures = [producer.send(degraded.config.forecast_topic, b"lost %d" % i, partition=0) for i in range(5)]
+        futures = [producer.send(deployment.config.forecast_topic, b"lost %d" % i, partition=0) for i in range(5)]
         assert producer.flush() is None
         assert producer.commit_transaction() is None  # this is the bug
         assert all(isinstance(future.exception, kafka_errors.KafkaTimeoutError) for future in futures)
-        three_brokers.do("start", broker=2)
-        assert degraded.committed(degraded.config.forecast_topic) == []
+        three_brokers.do("start", broker=follower)
+        assert degraded.visible() == []
 
 
 def test_a_broker_that_restarts_within_the_deadline_loses_nothing(
