@@ -7,14 +7,15 @@ beyond it left behind, and puts them aside as it does any other that the chain d
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from streamlstm.errors import CheckpointError, DataError
 from streamlstm.records.batch import Range
 from streamlstm.recovery.checkpoint import CheckpointStore
-from streamlstm.recovery.exclusions import merge_ranges
+from streamlstm.recovery.exclusions import merge_ranges, outside_ranges
 from streamlstm.recovery.progress import Branch, Chain, Record, encode_record, read_chain
 from streamlstm.recovery.provenance import Generation
-from streamlstm.recovery.standing import judge_fenced, why_not_back
+from streamlstm.recovery.standing import judge_fenced, steps_on, why_not_back
 from streamlstm.transport.interfaces import Fenced, Outputs, Position, ProgressEntry, ProgressLog, Publisher
 
 
@@ -41,9 +42,9 @@ def revert(
     1. Lock the state directory. 2. Check every byte of the generation. 3. Take over the transactional id. 4. Read the
     chain to its end. 5. Check that it goes on from the generation, and the ranges. 6. Commit the branch.
 
-    Raises :class:`~streamlstm.errors.DataError` for a range that the generation has learnt from or that is of no
-    partition it knows, and what :func:`~streamlstm.recovery.resume.resume` does for a chain or a store that cannot be
-    used. The caller closes the store.
+    Raises :class:`~streamlstm.errors.DataError` for a range that the generation has learnt from, be it one that a lost
+    branch excluded, or that is of no partition it knows, and what :func:`~streamlstm.recovery.resume.resume` does for a
+    chain or a store that cannot be used. The caller closes the store.
     """
     store.open()  # 1
     generation = store.verify(step)  # 2
@@ -55,22 +56,86 @@ def revert(
     if refused is not None:
         raise CheckpointError(refused)
     check_excluded(exclude, generation.provenance.positions, step)
-    known = chain.excluded_after(generation.provenance.excluded)
-    revision = next_revision(chain, store)
+    revision, known = next_revision(chain, store), excluded_from(chain, store, generation)
     branch = describe_branch(chain, generation, name, new_id(), revision, merge_ranges([*known, *exclude]))
     commit_record(publisher, progress, chain, branch, "")  # 6
     return Reverted(branch, chain.last_step)
 
 
-def next_revision(chain: Chain, store: CheckpointStore) -> int:
-    """Under which nothing was published yet: a chain that lost its end may have lost a branch, which a state shows."""
-    known = [chain.revision]
-    for step in filter(None, store.steps()):
+class NewestBranch(NamedTuple):
+    """The highest revision that was ever given, what was excluded under it, and of which topics."""
+
+    revision: int
+    excluded: tuple[Range, ...]
+    topic_ids: Mapping[str, str]
+
+    def excluded_of(self, topic_ids: Mapping[str, str]) -> tuple[Range, ...]:
+        """What was excluded of topics that still are the same ones."""
+        return tuple(r for r in self.excluded if self.topic_ids.get(r.topic) == topic_ids.get(r.topic))
+
+
+def newest_branch(chain: Chain, store: CheckpointStore) -> NewestBranch:
+    """As far as anything tells: states remember a branch that the chain has lost with its end, or trimmed away."""
+    newest = NewestBranch(chain.revision, (), {})
+    if chain.branches:
+        branch = chain.branches[-1][1]
+        newest = NewestBranch(chain.revision, branch.excluded, branch.topic_ids)
+    for step in filter(None, reversed(store.steps())):
         try:
-            known.append(store.header(step).generation.provenance.revision)
+            made = store.header(step).generation.provenance
         except (CheckpointError, OSError):
             continue
-    return max(known) + 1
+        if made.revision > newest.revision or (made.revision == newest.revision and not newest.topic_ids):
+            newest = NewestBranch(made.revision, made.excluded, made.topic_ids)
+    return newest
+
+
+def next_revision(chain: Chain, store: CheckpointStore) -> int:
+    """Under which nothing was published yet."""
+    return newest_branch(chain, store).revision + 1
+
+
+def excluded_from(chain: Chain, store: CheckpointStore, generation: Generation) -> tuple[Range, ...]:
+    """
+    What is passed over when the chain goes on from this generation: what it says, and what a branch that it has lost
+    excluded.
+
+    Raises :class:`~streamlstm.errors.DataError` when the generation has learnt from the latter, with one that has not.
+    """
+    here, lost = _excluded(chain, store, generation)
+    if learnt := _learnt(lost, generation):
+        told = ", ".join(f"{r.topic}:{r.partition}:{r.start}-{r.end}" for r in learnt)
+        way = way_on(chain, store)
+        older = f"go back to an older one with `streamlstm checkpoint revert {way}`" if way is not None else None
+        raise DataError(
+            f"{told} was excluded by a `revert` that the progress log has lost, and the checkpoint of step "
+            f"{generation.step} has learnt from it: {older or 'none is older, so start anew with `run --fresh`'}"
+        )
+    return merge_ranges([*here, *lost])
+
+
+def way_on(chain: Chain, store: CheckpointStore) -> int | None:
+    """The newest generation that stands on the chain and has learnt from nothing that was ever excluded."""
+    for step in reversed(steps_on(chain, store)):
+        generation = store.header(step).generation
+        if not _learnt(_excluded(chain, store, generation)[1], generation):
+            return step
+    return None
+
+
+def _excluded(
+    chain: Chain, store: CheckpointStore, generation: Generation
+) -> tuple[tuple[Range, ...], tuple[Range, ...]]:
+    """What the chain excludes, and what only a branch did that it has lost."""
+    here, newest = chain.excluded_after(generation.provenance.excluded), newest_branch(chain, store)
+    if newest.revision == chain.revision:
+        return here, ()
+    return here, outside_ranges(newest.excluded_of(generation.provenance.topic_ids), here)
+
+
+def _learnt(ranges: Sequence[Range], generation: Generation) -> list[Range]:
+    at = {(p.topic, p.partition): p.next_offset for p in generation.provenance.positions}
+    return [r for r in ranges if r.start < at.get((r.topic, r.partition), 0)]
 
 
 def describe_branch(

@@ -73,6 +73,26 @@ def _records(messages: Messages) -> int:
     return len(messages) + sum(batch.records - 1 for batch in messages.unread.values())
 
 
+def outside_ranges(ranges: Iterable[Range], others: Iterable[Range]) -> tuple[Range, ...]:
+    """
+    The offsets of ``ranges`` that are not in ``others``, as few ranges, sorted.
+
+    >>> outside_ranges([Range("t", 0, 2, 9)], [Range("t", 0, 3, 5), Range("t", 1, 0, 9)])
+    (Range(topic='t', partition=0, start=2, end=3), Range(topic='t', partition=0, start=5, end=9))
+    """
+    left = merge_ranges(ranges)
+    for x in others:
+        cut: list[Range] = []
+        for r in left:
+            if (x.topic, x.partition) != (r.topic, r.partition):
+                cut.append(r)
+                continue
+            pieces = (r._replace(end=min(r.end, x.start)), r._replace(start=max(r.start, x.end)))
+            cut += [piece for piece in pieces if piece.start < piece.end]
+        left = tuple(cut)
+    return left
+
+
 def merge_ranges(ranges: Iterable[Range]) -> tuple[Range, ...]:
     """
     The same offsets as few ranges, sorted.

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from streamlstm.errors import CheckpointError, DataError, LogGap
 from streamlstm.records.batch import Range
-from streamlstm.recovery.branching import check_excluded, next_revision
+from streamlstm.recovery.branching import check_excluded, excluded_from, next_revision
 from streamlstm.recovery.checkpoint import CheckpointStore
 from streamlstm.recovery.exclusions import merge_ranges
 from streamlstm.recovery.progress import Chain
@@ -62,8 +62,7 @@ def look_ahead(
     check_excluded(exclude, made.positions, step)
     _check_retained(earliest, generation)
 
-    known = chain.excluded_after(made.excluded)
-    excluded = merge_ranges([*known, *exclude])
+    excluded = merge_ranges([*excluded_from(chain, store, generation), *exclude])
     start = {(p.topic, p.partition): p.next_offset for p in made.positions}
     steps, end = _read_beyond(chain, start)
     return Outlook(

@@ -13,6 +13,7 @@ from streamlstm.config.keys import changed, hash_values, tell_changes
 from streamlstm.errors import (
     CheckpointError,
     ConfigError,
+    DataError,
     LogGap,
     ProgressError,
     StreamlstmError,
@@ -20,7 +21,14 @@ from streamlstm.errors import (
     TopicChanged,
 )
 from streamlstm.records.batch import Cut, Messages, Range, RecordBatch
-from streamlstm.recovery.branching import commit_record, describe_branch, next_revision
+from streamlstm.recovery.branching import (
+    commit_record,
+    describe_branch,
+    excluded_from,
+    newest_branch,
+    next_revision,
+    way_on,
+)
 from streamlstm.recovery.checkpoint import CheckpointStore, Refused
 from streamlstm.recovery.fingerprint import Fingerprint, compare_fingerprints
 from streamlstm.recovery.generations import Loaded
@@ -40,7 +48,7 @@ from streamlstm.recovery.progress import (
 from streamlstm.recovery.provenance import Generation, Provenance, Settings
 from streamlstm.recovery.repetition import Repeat, Repeated, Repetition
 from streamlstm.recovery.segments import Segments
-from streamlstm.recovery.standing import Unusable, judge_refused, log_is_empty, why_not_on
+from streamlstm.recovery.standing import Unusable, judge_refused, log_is_empty, steps_on, why_not_on
 from streamlstm.transport.interfaces import LiveSource, Position, ProgressLog, Publisher
 
 Decode = Callable[[Messages], RecordBatch]
@@ -323,24 +331,10 @@ def _refuse(
 
 
 def _read_progress(world: World, terms: Terms, seen: Sequence[int], found: _Found) -> tuple[_Found, Chain]:
-    """The chain, and the newest generation that stands on it."""
-    name, mended = terms.settings.name, terms.fresh or terms.rebuild
+    """The chain, and the newest generation that stands on it. Where there is none, the chain from its first record."""
     if found.loaded is None:
-        chain = read_chain(world.progress.read(), name)
-        if chain.tip is None and any(seen):
-            raise _refuse(world, seen, chain, log_is_empty(f"{world.store.name} has checkpoints"), mended=False)
-        if chain.tip is None or found.refusal is not None:
-            return found._replace(lost=_shows_more(world.store, chain, seen)), chain
-        aside = f" ({', '.join(world.store.bad())} were put aside)" if world.store.bad() else ""
-        told = (
-            f"the progress log holds {chain.last_step} steps of {name!r}, but {world.store.name} has no "
-            f"checkpoint{aside}"
-        )
-        if not mended:
-            again = "have everything computed again by `run --rebuild-from-log`, " if _from_its_first(chain) else ""
-            told += f": is checkpoint.url right? If it is, bring one back, {again}or start anew with `run --fresh`"
-        return _Found(None, (), _refuse(world, seen, chain, ProgressError(told), mended=mended)), chain
-
+        return _read_without_generation(world, terms, seen, found)
+    name = terms.settings.name
     link = found.loaded.generation.provenance.progress
     chain = read_chain(world.progress.read(link.offset if link else 0), name)
     if link is not None and (chain.first != link or chain.ends_at(link) is None):
@@ -349,24 +343,79 @@ def _read_progress(world: World, terms: Terms, seen: Sequence[int], found: _Foun
     beyond: dict[int, Refused] = {}
     lost = False
     while found.loaded is not None:
-        generation = found.loaded.generation
-        left = generation.provenance.revision < chain.revision
-        try:
-            reason = why_not_on(chain, generation)
-        except ProgressError as error:
-            _refuse(world, seen, chain, error, mended=mended and isinstance(error, Unusable))
-            reason, left = str(error), False
-        if reason is None:
+        unused = _judge(world, terms, seen, chain, found.loaded.generation)
+        if unused is None:
             break
-        lost = lost or _shows_more(world.store, chain, [generation.step])
-        beyond[generation.step] = Refused(generation.step, reason, left)
+        lost = lost or _shows_more(world.store, chain, [unused.step])
+        beyond[unused.step] = unused
         found = _find(world, terms, seen, beyond, chain, lost=lost)
     newer = (step for step in seen if found.loaded is None or step > found.loaded.generation.step)
     lost = lost or _shows_more(world.store, chain, [step for step in newer if step not in beyond])
-    if lost and found.loaded is not None and world.repeat is not None:
-        behind = _journal_is_behind(chain, max(seen), found.loaded.generation.step)
-        found = _Found(None, (), _refuse(world, seen, chain, behind, mended=terms.fresh))
+    if lost and found.loaded is not None:
+        try:
+            _check_lost_end(world, chain, seen, found.loaded.generation)
+        except DataError as error:
+            found = _Found(None, (), _refuse(world, seen, chain, error, mended=terms.fresh))
+    if found.loaded is None and chain.trimmed:  # perhaps it was only not read from its first record
+        chain = read_chain(world.progress.read(), name)
     return found._replace(lost=lost), chain
+
+
+def _read_without_generation(world: World, terms: Terms, seen: Sequence[int], found: _Found) -> tuple[_Found, Chain]:
+    """Raises what it means that there is none, or that none is whole, if it is not to be mended."""
+    chain = read_chain(world.progress.read(), terms.settings.name)
+    if chain.tip is None and any(seen):
+        raise _refuse(world, seen, chain, log_is_empty(f"{world.store.name} has checkpoints"), mended=False)
+    if chain.tip is None or found.refusal is not None:
+        return found._replace(lost=_shows_more(world.store, chain, seen)), chain
+    mended = terms.fresh or terms.rebuild
+    aside = f" ({', '.join(world.store.bad())} were put aside)" if world.store.bad() else ""
+    told = (
+        f"the progress log holds {chain.last_step} steps of {terms.settings.name!r}, but {world.store.name} has no "
+        f"checkpoint{aside}"
+    )
+    if not mended:
+        again = "have everything computed again by `run --rebuild-from-log`, " if _from_its_first(chain) else ""
+        told += f": is checkpoint.url right? If it is, bring one back, {again}or start anew with `run --fresh`"
+    return _Found(None, (), _refuse(world, seen, chain, ProgressError(told), mended=mended)), chain
+
+
+def _judge(world: World, terms: Terms, seen: Sequence[int], chain: Chain, generation: Generation) -> Refused | None:
+    """
+    Why the chain does not go on from this generation. Raises where that is refused for good.
+
+    One of an unknown run was left behind by a branch, if others beside it do stand on the chain.
+    """
+    left = generation.provenance.revision < chain.revision
+    try:
+        reason = why_not_on(chain, generation)
+    except Unusable as error:
+        _refuse(world, seen, chain, error, mended=terms.fresh or terms.rebuild)
+        reason, left = str(error), False
+    except ProgressError as error:
+        if not left or not steps_on(chain, world.store):
+            _refuse(world, seen, chain, _tell_lost_revert(world.store, chain, generation, error), mended=False)
+        reason = str(error)
+    return None if reason is None else Refused(generation.step, reason, left)
+
+
+def _check_lost_end(world: World, chain: Chain, seen: Sequence[int], generation: Generation) -> None:
+    """Whether a chain that has lost its end may go on from this generation by itself."""
+    if world.repeat is not None:
+        raise _journal_is_behind(chain, max(seen), generation.step)
+    excluded_from(chain, world.store, generation)
+
+
+def _tell_lost_revert(
+    store: CheckpointStore, chain: Chain, generation: Generation, error: ProgressError
+) -> ProgressError:
+    """What else it may mean that a generation of a later revision is of an unknown run, and what to do then."""
+    if generation.provenance.revision <= chain.revision or (way := way_on(chain, store)) is None:
+        return error
+    return ProgressError(
+        f"{error}, or the progress log has lost the `revert` that began that run: if so, go back with `streamlstm "
+        f"checkpoint revert {way}`, and start again"
+    )
 
 
 def _shows_more(store: CheckpointStore, chain: Chain, steps: Sequence[int]) -> bool:
@@ -598,7 +647,7 @@ def _go_back(world: World, terms: Terms, generation: Generation, chain: Chain, w
     What they published may be lost with them, or not: only another revision lets readers tell.
     """
     last_step, revision = chain.last_step, next_revision(chain, world.store)
-    excluded = chain.excluded_after(generation.provenance.excluded)
+    excluded = excluded_from(chain, world.store, generation)
     branch = describe_branch(chain, generation, terms.settings.name, world.new_id(), revision, excluded)
     _append(world, terms, chain, branch, "")
     witness.goes_back(last_step, generation.step, revision)
@@ -611,8 +660,7 @@ def _begin_anew(world: World, terms: Terms, chain: Chain, witness: Witness, why:
     A kill before the branch leaves the chain as it was: the next start is refused like this one would have been, or
     begins anew. What was excluded stays so where a topic is still the same.
     """
-    topic_ids = dict(world.source.topic_ids())
-    excluded, then = ((), topic_ids) if not chain.branches else (chain.excluded or (), chain.branches[-1][1].topic_ids)
+    topic_ids, newest = dict(world.source.topic_ids()), newest_branch(chain, world.store)
     provenance = Provenance(
         lineage=world.new_id(),
         incarnation="",
@@ -622,8 +670,8 @@ def _begin_anew(world: World, terms: Terms, chain: Chain, witness: Witness, why:
         settings=terms.settings,
         fingerprint=terms.fingerprint,
         created_ms=int(world.wall_s() * 1000),
-        revision=next_revision(chain, world.store),
-        excluded=tuple(r for r in excluded if then.get(r.topic) == topic_ids.get(r.topic)),
+        revision=newest.revision + 1,
+        excluded=newest.excluded_of(topic_ids),
     )
     state = world.maker.create(terms.settings.learning).state()
     generation = world.store.write(state, provenance).generation

@@ -326,6 +326,31 @@ def test_what_was_excluded_stays_so_while_the_topic_is_the_same(tmp_path):
         assert ready.revision == 2
 
 
+@pytest.mark.parametrize("trim", [False, True])
+def test_what_was_excluded_stays_so_long_after_it_was(tmp_path, trim):
+    """The checkpoints know it where the chain was trimmed since, or need not be read so far back."""
+    pace = replace(PACE, trim=trim)
+    broker, state = filled(), tmp_path / "state"
+    Process(broker, state, pace=KEEP_ALL, keep=9).run()
+    back = Process(broker, state)
+    step = back.store.steps()[1]
+    at = back.store.verify(step).provenance.positions[0].next_offset
+    poisoned = Range("in", 0, at + 1, at + 3)
+    revert(back.store, back.publisher, back.world.progress, "n", step, [poisoned], back.world.new_id)
+    back.store.close()
+    Process(broker, state, pace=pace, keep=2).run()
+    broker.inputs["in"][0] += [message("s0", float(i)) for i in range(60)]
+    Process(broker, state, pace=pace, keep=2).run()
+    assert (not read_chain(broker.progress, "n").branches) is trim
+
+    process = Process(broker, state, settings=CHANGED, pace=pace, fresh=True)
+    ready = process.begin()
+    process.store.close()
+
+    assert ready.excluded == (poisoned,)
+    assert ready.revision == 2
+
+
 def test_the_chain_of_both_runs_is_read_as_one(tmp_path):
     broker, state = ran(tmp_path)
     Process(broker, state, settings=CHANGED, pace=KEEP_ALL, fresh=True).run()

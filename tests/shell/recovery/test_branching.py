@@ -1,5 +1,6 @@
 import contextlib
 import itertools
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from streamlstm.recovery.checkpoint import CheckpointStore, open_store
 from streamlstm.recovery.exclusions import drop_excluded
 from streamlstm.recovery.outlook import look_ahead
 from streamlstm.recovery.progress import Branch, decode_record, read_chain
+from streamlstm.recovery.standing import why_not_on
 from streamlstm.transport.interfaces import Position
 
 KEEP_ALL = replace(PACE, trim=False)
@@ -207,20 +209,111 @@ def test_a_chain_that_lost_its_last_branch_gives_no_revision_twice(tmp_path):
 
 def test_going_back_on_a_chain_that_lost_its_last_branch_gives_no_revision_twice(tmp_path):
     broker, state = without_its_last_branch(tmp_path, trimmed=False)
-    with pytest.raises(ProgressError, match="brought back from elsewhere"):
+    with pytest.raises(ProgressError, match=r"brought back from elsewhere, or .* lost the `revert`") as refused:
         Process(broker, state, pace=KEEP_ALL).run()
-    step = next(step for step in open_store(state).steps() if step)
+    steps = open_store(state).steps()
+    step = int(re.findall(r"`streamlstm checkpoint revert (\d+)`", str(refused.value))[0])
+    later = [s for s in steps if open_store(state).verify(s).provenance.revision == 2]
     outlook = look_ahead(open_store(state), read_chain(broker.progress, "n"), [], step, [])
 
     done = go_back(broker, state, step)
 
     assert done.branch.revision == outlook.revision == 3
-    with pytest.raises(ProgressError, match="brought back from elsewhere"):
-        Process(broker, state, pace=KEEP_ALL).run()
-    for other in open_store(state).steps():
-        if open_store(state).verify(other).provenance.revision == 2:
-            shutil.rmtree(state / f"{other:020d}")
+    process = Process(broker, state, pace=KEEP_ALL, keep=9)
+    process.begin()
+    process.store.close()
+    assert process.ready is not None
+    assert (process.ready.revision, process.ready.generation.step) == (3, step)
+    assert later
+    assert not set(process.store.steps()) & set(later), "put aside"
+    assert not process.journal.events("error"), "and not as bad"
+    Process(broker, state, pace=KEEP_ALL).run()
     assert Process(broker, state, pace=KEEP_ALL).begin().revision == 3
+
+
+def test_a_state_of_another_run_is_refused_whatever_its_revision(tmp_path):
+    broker, state = ran(tmp_path)
+    go_back(broker, state, open_store(state).steps()[1])
+    elsewhere = filled()
+    Process(elsewhere, tmp_path / "elsewhere").run()
+    records, files = list(broker.progress), digest_directory(tmp_path / "elsewhere")
+
+    for fresh in (False, True):
+        with pytest.raises(ProgressError, match=r"another host started this deployment first, or one .* elsewhere$"):
+            Process(broker, tmp_path / "elsewhere", fresh=fresh).run()
+    assert broker.progress == records
+    assert digest_directory(tmp_path / "elsewhere") == files
+
+
+def without_its_exclusion(tmp_path: Path, *, trimmed: bool) -> tuple[Broker, Path, list[int], Range]:
+    """Gone back behind a poisoned range and on without it; then the chain loses that branch and all after it."""
+    broker, state = ran(tmp_path)
+    steps = open_store(state).steps()
+    if trimmed:
+        go_back(broker, state, steps[-1])
+        Process(broker, state, pace=KEEP_ALL, keep=9).run()
+    kept = list(broker.progress)
+    at = open_store(state).verify(steps[1]).provenance.positions[0].next_offset
+    poison = Range("in", 0, at + 3, at + 8)
+    shutil.copytree(state, tmp_path / "older")
+    go_back(broker, state, steps[1], poison)
+    broker.inputs["in"][0] += [message("s0", float(i)) for i in range(30)]
+    Process(broker, state, pace=KEEP_ALL, keep=9).run()
+    if trimmed:
+        link = open_store(state).verify(steps[1]).provenance.progress
+        assert link is not None
+        kept = [entry for entry in kept if entry.offset >= link.offset]
+        shutil.rmtree(state / f"{steps[0]:020d}")
+    for step in steps[2:]:  # those from before it were brought back
+        shutil.rmtree(state / f"{step:020d}", ignore_errors=True)
+        shutil.copytree(tmp_path / "older" / f"{step:020d}", state / f"{step:020d}")
+    broker.progress = kept
+    assert max(open_store(state).verify(s).provenance.revision for s in open_store(state).steps()) == 1 + trimmed
+    return broker, state, steps, poison
+
+
+@pytest.mark.parametrize("trimmed", [False, True])
+def test_what_a_lost_branch_excluded_is_never_learnt_in_silence(tmp_path, trimmed):
+    broker, state, steps, poison = without_its_exclusion(tmp_path, trimmed=trimmed)
+    chain = read_chain(broker.progress, "n")
+    records = list(broker.progress)
+    harmed = next(s for s in steps[2:] if why_not_on(chain, open_store(state).verify(s)) is None)
+    way = rf"`streamlstm checkpoint revert {steps[1]}`"
+    told = (
+        rf"in:0:{poison.start}-{poison.end} was excluded by a `revert` that .* has lost, .* has learnt from it: .*{way}"
+    )
+
+    with pytest.raises(DataError, match=told if trimmed else way):
+        Process(broker, state, pace=KEEP_ALL).run()
+    with pytest.raises(DataError, match=told):
+        go_back(broker, state, harmed)
+    with pytest.raises(DataError, match=told):
+        look_ahead(open_store(state), chain, [], harmed, [])
+    assert broker.progress == records
+    assert look_ahead(open_store(state), chain, [], steps[1], []).excluded == (poison,)
+    go_back(broker, state, steps[1])
+    process = Process(broker, state, pace=KEEP_ALL, keep=9)
+    before = len(broker.published)
+    process.run()
+
+    assert process.ready is not None
+    assert process.ready.excluded == (poison,)
+    assert process.ready.revision == 2 + trimmed
+    assert not set(offsets(published(broker)[before:])) & set(range(poison.start, poison.end))
+
+
+def test_where_all_have_learnt_what_a_lost_branch_excluded_only_a_new_beginning_is_left(tmp_path):
+    broker, state, steps, poison = without_its_exclusion(tmp_path, trimmed=True)
+    shutil.rmtree(state / f"{steps[1]:020d}")
+
+    with pytest.raises(DataError, match="none is older, so start anew with `run --fresh`"):
+        Process(broker, state, pace=KEEP_ALL).run()
+    process = Process(broker, state, pace=KEEP_ALL, fresh=True)
+    process.begin()
+
+    assert process.ready is not None
+    assert process.ready.excluded == (poison,)
+    assert process.ready.revision == 3
 
 
 @pytest.mark.parametrize(

@@ -182,6 +182,33 @@ def test_a_new_beginning_that_was_cut_short_hides_no_lost_end(tmp_path):
     assert 10 < refused < at
 
 
+def test_a_new_beginning_that_was_cut_short_before_it_counted_prevents_no_rebuilding(tmp_path):
+    rebuilt = 0
+    for at in itertools.count(step=2):
+        where = tmp_path / str(at)
+        where.mkdir()
+        broker, state, digests = ran(where)
+        spoil(state)
+        published = values(broker)
+        killed = Process(broker, state, Fate(at), pace=KEEP_ALL, fresh=True)
+        with contextlib.suppress(Crash):
+            killed.begin()
+        killed.store.close()
+
+        process = Process(broker, state, pace=KEEP_ALL, rebuild=True)
+        engine = process.run()
+
+        assert process.ready is not None
+        if process.ready.revision == 0:
+            rebuilt += 1
+            assert values(broker) == published
+            assert engine.state().digests() == digests
+        shutil.rmtree(where)
+        if not killed.fate.dead:
+            break
+    assert 5 < rebuilt < at / 2
+
+
 def test_a_branch_that_the_chain_lost_is_known_from_a_damaged_checkpoint(tmp_path):
     """Its steps are no later than the chain's; but what was excluded would be learnt, and nobody told."""
     broker, state, _ = ran(tmp_path, keep=9)
