@@ -193,7 +193,8 @@ class Chain:
 
     ``lineage`` and ``revision`` are the newest, ``lineages`` all that were met. ``excluded`` are the newest branch's
     ranges, ``None`` where no branch was read. ``origin`` is what the first of ``steps`` started from, if it was read;
-    ``zeros`` are the digests that a generation 0 may have. ``newest`` is the first step of the newest steps record.
+    ``zeros`` are the digests that a generation 0 may have. ``newest`` is the first step of the newest steps record,
+    or right behind a branch of the next one: what a generation stands on is out.
     ``left`` are the steps that each branch left behind, as far as their topics are still the same ones. All lists are
     oldest first.
     """
@@ -355,7 +356,7 @@ def _admit_branch(chain: Chain, entry: ProgressEntry, record: Branch, name: str)
     chain.lineage, chain.excluded, chain.writer = record.lineage, record.excluded, ""
     chain.drop_after(record.after)
     _forget_other_topics(chain, record)
-    chain.last_step = record.after
+    chain.last_step, chain.newest = record.after, record.after + 1
     chain.positions = {(topic, partition): at for topic, partition, at in record.positions}
     if record.after == 0:
         _begin_from(chain, Origin(record.generation, record.positions, record.topic_ids))

@@ -451,6 +451,27 @@ def test_going_back_without_transactions_publishes_again_what_comes_after(tmp_pa
     assert engine.state().digests() == digests
 
 
+def test_what_a_branch_goes_on_from_is_out_and_is_not_repeated_under_its_revision(tmp_path):
+    """Also where the generation at the branch is damaged, and what it stands on is computed again."""
+    broker, state = filled(), tmp_path / "state"
+    life(broker, state).run()
+    published = list(broker.published)
+    back = life(broker, state)
+    step = max(back.store.steps())
+    revert(back.store, back.publisher, back.world.progress, "n", step, [], lambda: "another")
+    back.publisher.close()
+    back.store.close()
+    (state / f"{step:020d}" / "optim.pt").write_bytes(b"")
+
+    process = life(broker, state)
+    process.run()
+
+    assert process.ready is not None
+    assert process.ready.replayed_steps > 0
+    assert repeated(process) == []
+    assert broker.published == published
+
+
 def test_with_transactions_nothing_is_published_again(tmp_path):
     broker, state = filled(records=40), tmp_path / "state"
     process = Process(broker, state, Fate(60), pace=NO_CHECKPOINTS)
