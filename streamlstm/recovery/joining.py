@@ -17,7 +17,7 @@ from streamlstm.recovery.exclusions import drop_excluded
 from streamlstm.recovery.making import Steppable
 from streamlstm.recovery.progress import RecordedStep
 
-MOST_OFFSETS = 8192
+MOST_OFFSETS = 16384
 MOST_STEPS = 64
 """What is joined is read at once: so many cuts, of about 1 MiB each, bound the memory."""
 

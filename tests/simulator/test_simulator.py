@@ -56,6 +56,13 @@ def test_each_twist_costs_nothing_either(memory, twist, runs, wanted):
     assert {**total.met, **total.errors}.keys() >= wanted
 
 
+def test_without_transactions_going_back_costs_nothing_either(memory):
+    after, total = campaign(0, 30, 30, memory, "idempotent", ["gaps", "branches"])
+
+    print(f"seeds 0 to {after - 1}, idempotent, gaps and branches\n{total}")
+    assert {"gap", "branch"} <= total.met.keys()
+
+
 @pytest.mark.parametrize("twists", [(), TWISTS])
 def test_a_seed_tells_the_same_story_twice(memory, twists):
     stories = []
