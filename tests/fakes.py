@@ -22,6 +22,7 @@ from streamlstm.engine.state import EngineState
 from streamlstm.errors import LogGap
 from streamlstm.records.batch import Cut, Messages, Range, RecordBatch, Rejected, SeriesId
 from streamlstm.recovery.background import BackgroundWriter
+from streamlstm.recovery.branching import revert
 from streamlstm.recovery.checkpoint import CheckpointStore, Keep, open_store
 from streamlstm.recovery.disk import Disk
 from streamlstm.recovery.journal import DIRECTORY
@@ -659,3 +660,14 @@ def digest_directory(path: Path) -> str:
         if file.is_file():
             sha.update(str(file.relative_to(path)).encode() + file.read_bytes())
     return sha.hexdigest()
+
+
+def revert_without(broker: Broker, state: Path, length: int) -> Range:
+    """Have the chain go back to the second checkpoint, without so many offsets that follow it: which ones."""
+    back = Process(broker, state)
+    step = back.store.steps()[1]
+    at = back.store.verify(step).provenance.positions[0].next_offset
+    poison = Range("in", 0, at + 1, at + 1 + length)
+    revert(back.store, back.publisher, back.world.progress, "n", step, [poison], back.world.new_id)
+    back.store.close()
+    return poison

@@ -9,11 +9,20 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from fakes import PACE, SETTINGS, Broker, Crash, Fate, Process, digest_directory, make_settings, message
+from fakes import (
+    PACE,
+    SETTINGS,
+    Broker,
+    Crash,
+    Fate,
+    Process,
+    digest_directory,
+    make_settings,
+    message,
+    revert_without,
+)
 
 from streamlstm.errors import CheckpointError, ConfigError, LogGap, ProgressError, StreamlstmError, TopicChanged
-from streamlstm.records.batch import Range
-from streamlstm.recovery.branching import revert
 from streamlstm.recovery.checkpoint import open_store
 from streamlstm.recovery.progress import Branch, Incarnation, decode_record, read_chain
 from streamlstm.recovery.snapshot import canonical_json
@@ -309,12 +318,7 @@ def test_what_was_excluded_stays_so_while_the_topic_is_the_same(tmp_path):
     for name, made_anew in (("same", False), ("anew", True)):
         broker, state = filled(), tmp_path / name
         Process(broker, state, pace=KEEP_ALL, keep=9).run()
-        back = Process(broker, state)
-        step = back.store.steps()[1]
-        at = back.store.verify(step).provenance.positions[0].next_offset
-        poisoned = Range("in", 0, at + 1, at + 3)
-        revert(back.store, back.publisher, back.world.progress, "n", step, [poisoned], back.world.new_id)
-        back.store.close()
+        poisoned = revert_without(broker, state, 2)
         if made_anew:
             broker.topic_ids["in"] = "id-2"
 
@@ -332,12 +336,7 @@ def test_what_was_excluded_stays_so_long_after_it_was(tmp_path, trim):
     pace = replace(PACE, trim=trim)
     broker, state = filled(), tmp_path / "state"
     Process(broker, state, pace=KEEP_ALL, keep=9).run()
-    back = Process(broker, state)
-    step = back.store.steps()[1]
-    at = back.store.verify(step).provenance.positions[0].next_offset
-    poisoned = Range("in", 0, at + 1, at + 3)
-    revert(back.store, back.publisher, back.world.progress, "n", step, [poisoned], back.world.new_id)
-    back.store.close()
+    poisoned = revert_without(broker, state, 2)
     Process(broker, state, pace=pace, keep=2).run()
     broker.inputs["in"][0] += [message("s0", float(i)) for i in range(60)]
     Process(broker, state, pace=pace, keep=2).run()

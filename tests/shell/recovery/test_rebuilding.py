@@ -7,11 +7,20 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from fakes import PACE, SETTINGS, Broker, Crash, Fate, Process, digest_directory, make_settings, message
+from fakes import (
+    PACE,
+    SETTINGS,
+    Broker,
+    Crash,
+    Fate,
+    Process,
+    digest_directory,
+    make_settings,
+    message,
+    revert_without,
+)
 
 from streamlstm.errors import CheckpointError, ConfigError, LogGap, ProgressError, TopicChanged
-from streamlstm.records.batch import Range
-from streamlstm.recovery.branching import revert
 from streamlstm.recovery.checkpoint import open_store
 from streamlstm.recovery.progress import Incarnation, decode_record
 
@@ -213,20 +222,16 @@ def test_a_branch_that_the_chain_lost_is_known_from_a_damaged_checkpoint(tmp_pat
     """Its steps are no later than the chain's; but what was excluded would be learnt, and nobody told."""
     broker, state, _ = ran(tmp_path, keep=9)
     kept = list(broker.progress)
-    back = Process(broker, state)
-    step = back.store.steps()[1]
-    at = back.store.verify(step).provenance.positions[0].next_offset
-    poison = Range("in", 0, at + 1, at + 9)
-    revert(back.store, back.publisher, back.world.progress, "n", step, [poison], back.world.new_id)
-    back.store.close()
+    poison = revert_without(broker, state, 8)
     Process(broker, state, pace=KEEP_ALL, keep=9).run()
     broker.progress = kept
     spoil(state)
 
     with pytest.raises(ProgressError, match="lost its end"):
         Process(broker, state, pace=KEEP_ALL, rebuild=True).run()
-    fresh = Process(broker, state, pace=KEEP_ALL, fresh=True)
-    assert fresh.begin().revision == 2
+    ready = Process(broker, state, pace=KEEP_ALL, fresh=True).begin()
+    assert ready.revision == 2
+    assert ready.excluded == (poison,)
 
 
 @pytest.mark.parametrize("way", ["rebuild", "fresh"])
@@ -290,13 +295,7 @@ def test_each_step_is_computed_under_the_learning_values_of_its_time(tmp_path):
 def test_what_a_branch_excluded_stays_out_of_it(tmp_path):
     broker, state = filled(), tmp_path / "state"
     Process(broker, state, pace=KEEP_ALL, keep=9).run()
-    back = Process(broker, state)
-    step = back.store.steps()[1]
-    at = back.store.verify(step).provenance.positions[0].next_offset
-    revert(
-        back.store, back.publisher, back.world.progress, "n", step, [Range("in", 0, at + 1, at + 9)], back.world.new_id
-    )
-    back.store.close()
+    revert_without(broker, state, 8)
     digests = Process(broker, state, pace=KEEP_ALL).run().state().digests()
     shutil.rmtree(state)
 
